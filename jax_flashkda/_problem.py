@@ -5,18 +5,7 @@ every operand has a leading batch axis, and absent operands are left out rather 
 None; `Problem` says which ones are there. It is hashable, so it is the static parameter of the
 primitives and of the custom_vjp.
 
-Operands, in order (absent ones are left out):
-
-    q, k            [B, T, H, K]
-    v               [B, T, HV, V]
-    g               [B, T, HV, K]
-    beta            [B, T, HV]
-    A_log           [B, HV]           f32   a row per batch row: the sum over rows belongs to the
-    dt_bias         [B, HV, K]        f32   caller, so that no reduction over batch sits in the op
-    initial_state   [B, N, HV, K, V]  f32 (f64 with f64 inputs)
-    segment_ids     [B, T]            int32
-
-Forward results: o [B, T, HV, V] in v's dtype, and final_state like initial_state if asked for.
+Forward results: o in v's dtype, and final_state like initial_state if asked for.
 Backward operands: the forward operands, then one cotangent per forward result.
 Backward results: a gradient per float operand, in order, in that operand's shape and dtype.
 """
@@ -25,6 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Literal
+
+# The axes of every operand and result, in operand order. A cotangent has its primal's axes.
+# A_log and dt_bias (f32) carry a row per batch row: their sum over rows belongs to the caller, so
+# that no reduction over batch sits in the op. States are f32 (f64 with f64 inputs).
+AXES = {
+    "q": ("B", "T", "H", "K"),
+    "k": ("B", "T", "H", "K"),
+    "v": ("B", "T", "HV", "V"),
+    "g": ("B", "T", "HV", "K"),
+    "beta": ("B", "T", "HV"),
+    "A_log": ("B", "HV"),
+    "dt_bias": ("B", "HV", "K"),
+    "initial_state": ("B", "N", "HV", "K", "V"),
+    "segment_ids": ("B", "T"),
+    "o": ("B", "T", "HV", "V"),
+    "final_state": ("B", "N", "HV", "K", "V"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +54,9 @@ class Problem:
     @property
     def operand_names(self) -> tuple[str, ...]:
         """The forward operands that are present, in order."""
-        names = ["q", "k", "v", "g", "beta"]
-        for name in ("A_log", "dt_bias", "initial_state", "segment_ids"):
-            if getattr(self, f"has_{name}"):
-                names.append(name)
-        return tuple(names)
+        optional = ("A_log", "dt_bias", "initial_state", "segment_ids")
+        present = tuple(name for name in optional if getattr(self, f"has_{name}"))
+        return ("q", "k", "v", "g", "beta", *present)
 
     @property
     def differentiable_names(self) -> tuple[str, ...]:
@@ -64,6 +68,19 @@ class Problem:
         """The forward results, in order."""
         return ("o", "final_state") if self.return_final_state else ("o",)
 
-    def named(self, operands: tuple) -> dict[str, object]:
+    def signature(self, stage: Literal["forward", "backward"]):
+        """(operand names, result names) of a stage; a cotangent goes by the name of its primal."""
+        if stage == "forward":
+            return self.operand_names, self.result_names
+        return self.operand_names + self.result_names, self.differentiable_names
+
+    def named(self, operands) -> dict[str, object]:
         """The forward operands by name; cotangents after them are ignored."""
-        return dict(zip(self.operand_names, operands))
+        return dict(zip(self.operand_names, operands, strict=False))
+
+    def sizes(self, operands) -> dict[str, int]:
+        """The size of every axis letter: B, T, H, HV, K, V, N."""
+        sizes = {"N": self.max_segments}
+        for name, operand in self.named(operands).items():
+            sizes.update(zip(AXES[name], operand.shape, strict=True))
+        return sizes

@@ -1,0 +1,42 @@
+// What the FFI handlers and the native tests call: no XLA types, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/status.h"
+#include "problem/params.h"
+
+struct CUstream_st;  // cudaStream_t
+
+namespace jax_flashkda {
+
+// One row of the compiled table: what a kernel set supports.
+struct Variant {
+  int arch;  // compute capability times ten: 90
+  int64_t K;
+  int64_t V;
+  DType qkv_dtype;
+  std::vector<DType> g_dtypes;
+  std::vector<DType> beta_dtypes;
+};
+
+std::vector<Variant> variants();
+
+const char* name(DType dtype);  // "f32", "bf16", "f16"
+
+// Every refusal that needs no GPU: dimensions, types, alignment, ranges, missing or contradictory operands.
+// Reads no memory behind the pointers.
+Status check_forward(const ForwardParams& params);
+
+// Bytes of ForwardParams::workspace; zero for shapes that check_forward refuses.
+int64_t forward_workspace_bytes(const ForwardShape& shape);
+
+// Once for every device, outside stream capture: refuses an architecture that nothing was compiled for, and raises the
+// kernels' shared-memory limits. Cheap to repeat.
+Status initialize(int device);
+
+// Checks, then launches on the stream of the current device: allocates nothing, never waits, may be captured.
+Status forward(const ForwardParams& params, CUstream_st* stream);
+
+}  // namespace jax_flashkda

@@ -1,0 +1,14 @@
+// The compiled table. A row here needs its instantiations in sm90/*/launch.cu and a case in tests/cases.py.
+#pragma once
+
+#include "dispatch/dispatch.h"
+
+namespace jax_flashkda {
+
+inline std::vector<Variant> compiled_variants() {
+  return {
+      {90, 128, 128, DType::kBF16, {DType::kBF16, DType::kF32}, {DType::kBF16, DType::kF32}},
+  };
+}
+
+}  // namespace jax_flashkda

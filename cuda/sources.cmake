@@ -1,0 +1,10 @@
+# Everything of the Python-free CUDA library; paths relative to cuda/. No globbing: a file that is not listed is not built.
+set(JAX_FLASHKDA_HOST_SOURCES  # plain host C++ that links without CUDA: checks, sizes, the compiled table
+  dispatch/check.cc)
+set(JAX_FLASHKDA_CUDA_SOURCES
+  ${JAX_FLASHKDA_HOST_SOURCES}
+  dispatch/dispatch.cc
+  sm90/segment_table/launch.cu
+  sm90/chunk_prepare/launch.cu
+  sm90/chunk_state_output/launch.cu
+  sm90/initialize.cu)

@@ -1,0 +1,371 @@
+// Decodes what XLA hands to a custom call, checks all of it, and calls the dispatch layer.
+//
+// This is a trust boundary: a program need not come from this version's lowering rules, since
+// jax.export artefacts outlive it, and FFI checks no dimension. So each operand is checked for
+// dtype, rank and every dimension, each attribute for presence, type and range, before a pointer is
+// used.
+// No exception leaves a handler: the caller is on the far side of a C ABI.
+//
+// forward: operands  q k v g beta [A_log] [dt_bias] [initial_state] [segment_ids]
+//          results   o [final_state] workspace            ([..]: told present by an attribute)
+
+#include "ffi/handlers.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "dispatch/dispatch.h"
+#include "xla/ffi/api/ffi.h"
+
+struct CUstream_st;
+
+// Headers of a newer JAX would compile too, and the oldest JAX supported would refuse the module.
+static_assert(XLA_FFI_API_MAJOR == 0 && XLA_FFI_API_MINOR == 3,
+              "build against the XLA FFI headers of jaxlib 0.9.2");
+
+namespace jax_flashkda {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr char kForward[] = "jax_flashkda.forward";
+
+// A call whose operands, results or attributes are not what the target takes. The message names it.
+struct InvalidCall : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] void refuse(const std::string& problem) {
+  throw InvalidCall(std::string(kForward) + ": " + problem);
+}
+
+template <typename T>
+T value_or_refuse(ffi::ErrorOr<T> decoded, const std::string& what) {
+  if (decoded.has_error()) refuse(what + ": " + decoded.error().message());
+  return *decoded;
+}
+
+std::string to_string(ffi::Span<const int64_t> dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+std::string to_string(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::F64: return "float64";
+    case ffi::F32: return "float32";
+    case ffi::F16: return "float16";
+    case ffi::BF16: return "bfloat16";
+    case ffi::S32: return "int32";
+    case ffi::U8: return "uint8";
+    default: return "XLA element type " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+// A buffer under the name that messages give it. Its methods either return or throw InvalidCall.
+class Operand {
+ public:
+  Operand(std::string name, ffi::AnyBuffer buffer) : name_(std::move(name)), buffer_(buffer) {}
+
+  void expect_rank(size_t rank) const {
+    if (buffer_.dimensions().size() != rank) {
+      refuse(name_ + " has shape " + to_string(buffer_.dimensions()) + ", expected " +
+                        std::to_string(rank) + " dimensions");
+    }
+  }
+
+  // `meaning` spells the expected dimensions as letters, for the message.
+  void expect_shape(const char* meaning, std::initializer_list<int64_t> dims) const {
+    const ffi::Span<const int64_t> got = buffer_.dimensions();
+    if (got.size() != dims.size() || !std::equal(dims.begin(), dims.end(), got.begin())) {
+      refuse(name_ + " has shape " + to_string(got) + ", expected " + meaning + " = " +
+                        to_string(ffi::Span<const int64_t>(dims.begin(), dims.size())));
+    }
+  }
+
+  void expect_dtype(ffi::DataType dtype) const {
+    if (buffer_.element_type() != dtype) {
+      refuse(name_ + " is " + to_string(buffer_.element_type()) + ", expected " +
+                        to_string(dtype));
+    }
+  }
+
+  DType float_dtype() const {
+    switch (buffer_.element_type()) {
+      case ffi::F32: return DType::kF32;
+      case ffi::BF16: return DType::kBF16;
+      case ffi::F16: return DType::kF16;
+      default:
+        refuse(name_ + " is " + to_string(buffer_.element_type()) +
+                          ", expected float32, bfloat16 or float16");
+    }
+  }
+
+  int64_t dim(size_t axis) const { return buffer_.dimensions()[axis]; }
+  int64_t bytes() const { return static_cast<int64_t>(buffer_.size_bytes()); }
+  ffi::DataType dtype() const { return buffer_.element_type(); }
+  template <typename T>
+  T* data() const { return static_cast<T*>(buffer_.untyped_data()); }
+
+ private:
+  std::string name_;
+  ffi::AnyBuffer buffer_;
+};
+
+// Hands out operands, or results, in order; the caller says which is next.
+class OperandReader {
+ public:
+  explicit OperandReader(ffi::RemainingArgs args) : args_(args) {}
+
+  Operand next(const char* name) {
+    if (next_ == args_.size()) refuse(std::string(name) + " is missing from the operands");
+    return Operand(name, value_or_refuse(args_.get<ffi::AnyBuffer>(next_++), name));
+  }
+  void expect_end() const {
+    if (next_ != args_.size()) {
+      refuse("got " + std::to_string(args_.size()) + " operands, expected " +
+                        std::to_string(next_));
+    }
+  }
+
+ private:
+  ffi::RemainingArgs args_;
+  size_t next_ = 0;
+};
+
+class ResultReader {
+ public:
+  explicit ResultReader(ffi::RemainingRets rets) : rets_(rets) {}
+
+  Operand next(const char* name) {
+    if (next_ == rets_.size()) refuse(std::string(name) + " is missing from the results");
+    return Operand(name, *value_or_refuse(rets_.get<ffi::AnyBuffer>(next_++), name));
+  }
+  void expect_end() const {
+    if (next_ != rets_.size()) {
+      refuse("got " + std::to_string(rets_.size()) + " results, expected " +
+                        std::to_string(next_));
+    }
+  }
+
+ private:
+  ffi::RemainingRets rets_;
+  size_t next_ = 0;
+};
+
+// Reads attributes by name and counts them, so that one nobody reads is refused, not ignored.
+class AttributeReader {
+ public:
+  explicit AttributeReader(ffi::Dictionary attributes) : attributes_(attributes) {}
+
+  template <typename T>
+  T get(const char* name) {
+    ++read_;
+    return value_or_refuse(attributes_.get<T>(name), std::string("attribute ") + name);
+  }
+  void expect_end() const {
+    if (attributes_.size() != read_) {
+      refuse("got " + std::to_string(attributes_.size()) + " attributes, expected " +
+                        std::to_string(read_));
+    }
+  }
+
+ private:
+  ffi::Dictionary attributes_;
+  size_t read_ = 0;
+};
+
+void read_attributes(AttributeReader& attributes, ForwardParams& params) {
+  const int32_t gate = attributes.get<int32_t>("gate");
+  if (gate < 0 || gate > static_cast<int32_t>(Gate::kBounded)) {
+    refuse("attribute gate is " + std::to_string(gate) +
+                      ", expected 0 (log_decay), 1 (softplus) or 2 (bounded)");
+  }
+  params.gate = static_cast<Gate>(gate);
+  params.gate_lower_bound = attributes.get<float>("gate_lower_bound");
+  params.beta_is_logits = attributes.get<bool>("beta_is_logits");
+  params.allow_neg_eigval = attributes.get<bool>("allow_neg_eigval");
+  params.qk_l2norm = attributes.get<bool>("qk_l2norm");
+  params.scale = attributes.get<float>("scale");
+  params.has_padding_segment_id = attributes.get<bool>("has_padding_segment_id");
+  params.padding_segment_id = attributes.get<int32_t>("padding_segment_id");
+  params.shape.N = attributes.get<int64_t>("max_segments");
+  params.shape.has_segment_ids = attributes.get<bool>("has_segment_ids");
+}
+
+// q, k, v, g, beta, which every call has. q and v give the sizes; all else is held against them.
+void read_data(OperandReader& operands, ForwardParams& params) {
+  const Operand q = operands.next("q"), k = operands.next("k"), v = operands.next("v");
+  const Operand g = operands.next("g"), beta = operands.next("beta");
+  q.expect_rank(4);
+  v.expect_rank(4);
+  ForwardShape& s = params.shape;
+  s.B = q.dim(0), s.T = q.dim(1), s.H = q.dim(2), s.K = q.dim(3);
+  s.HV = v.dim(2), s.V = v.dim(3);
+  k.expect_shape("[B, T, H, K]", {s.B, s.T, s.H, s.K});
+  v.expect_shape("[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
+  g.expect_shape("[B, T, HV, K]", {s.B, s.T, s.HV, s.K});
+  beta.expect_shape("[B, T, HV]", {s.B, s.T, s.HV});
+  params.qkv_dtype = q.float_dtype();
+  k.expect_dtype(q.dtype());
+  v.expect_dtype(q.dtype());
+  params.g_dtype = g.float_dtype();
+  params.beta_dtype = beta.float_dtype();
+  params.q = q.data<void>();
+  params.k = k.data<void>();
+  params.v = v.data<void>();
+  params.g = g.data<void>();
+  params.beta = beta.data<void>();
+}
+
+void read_optional_operands(OperandReader& operands, AttributeReader& attributes,
+                            ForwardParams& params) {
+  const ForwardShape& s = params.shape;
+  if (attributes.get<bool>("has_A_log")) {
+    const Operand A_log = operands.next("A_log");
+    A_log.expect_dtype(ffi::F32);
+    A_log.expect_shape("[B, HV]", {s.B, s.HV});
+    params.A_log = A_log.data<float>();
+  }
+  if (attributes.get<bool>("has_dt_bias")) {
+    const Operand dt_bias = operands.next("dt_bias");
+    dt_bias.expect_dtype(ffi::F32);
+    dt_bias.expect_shape("[B, HV, K]", {s.B, s.HV, s.K});
+    params.dt_bias = dt_bias.data<float>();
+  }
+  if (attributes.get<bool>("has_initial_state")) {
+    const Operand state = operands.next("initial_state");
+    state.expect_dtype(ffi::F32);
+    state.expect_shape("[B, N, HV, K, V]", {s.B, s.N, s.HV, s.K, s.V});
+    params.initial_state = state.data<float>();
+  }
+  if (s.has_segment_ids) {
+    const Operand segment_ids = operands.next("segment_ids");
+    segment_ids.expect_dtype(ffi::S32);
+    segment_ids.expect_shape("[B, T]", {s.B, s.T});
+    params.segment_ids = segment_ids.data<int32_t>();
+  }
+}
+
+// Returns the workspace: its size is checked last, once the shape is known to be a valid one.
+Operand read_results(ResultReader& results, AttributeReader& attributes, ForwardParams& params) {
+  const ForwardShape& s = params.shape;
+  const Operand o = results.next("o");
+  params.o = o.data<void>();
+  o.expect_shape("[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
+  if (o.float_dtype() != params.qkv_dtype) refuse("o has another dtype than v");
+  if (attributes.get<bool>("return_final_state")) {
+    const Operand state = results.next("final_state");
+    state.expect_dtype(ffi::F32);
+    state.expect_shape("[B, N, HV, K, V]", {s.B, s.N, s.HV, s.K, s.V});
+    params.final_state = state.data<float>();
+  }
+  const Operand workspace = results.next("workspace");
+  workspace.expect_dtype(ffi::U8);
+  workspace.expect_rank(1);
+  params.workspace = workspace.data<void>();
+  return workspace;
+}
+
+ForwardParams read_forward(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           ffi::Dictionary dictionary) {
+  ForwardParams params{};
+  OperandReader operands(args);
+  ResultReader results(rets);
+  AttributeReader attributes(dictionary);
+  read_attributes(attributes, params);
+  read_data(operands, params);
+  read_optional_operands(operands, attributes, params);
+  const Operand workspace = read_results(results, attributes, params);
+  operands.expect_end();
+  results.expect_end();
+  attributes.expect_end();
+  if (const Status status = check_forward(params); !status.ok()) throw InvalidCall(status.message);
+  const int64_t needed = forward_workspace_bytes(params.shape);
+  if (workspace.bytes() < needed) {
+    refuse("workspace has " + std::to_string(workspace.bytes()) + " bytes, expected " +
+                      std::to_string(needed) + ": was the program lowered by another version?");
+  }
+  return params;
+}
+
+// Runs `body` and turns whatever it throws into an error.
+template <typename Body>
+ffi::Error guarded(Body body) {
+  try {
+    return body();
+  } catch (const InvalidCall& error) {
+    return ffi::Error::InvalidArgument(error.what());
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string(kForward) + ": " + error.what());
+  } catch (...) {
+    return ffi::Error::Internal(std::string(kForward) + ": unknown exception");
+  }
+}
+
+// Runs before execution and outside of command buffer capture, on each device of the program.
+ffi::Error initialize_device(int32_t device, ffi::RemainingArgs, ffi::RemainingRets,
+                             ffi::Dictionary) {
+  return guarded([&] {
+    const Status status = initialize(device);
+    if (status.ok()) return ffi::Error::Success();
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, status.message);
+  });
+}
+
+ffi::Error execute_forward(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           ffi::Dictionary attributes) {
+  return guarded([&] {
+    const Status status = forward(read_forward(args, rets, attributes), stream);
+    return status.ok() ? ffi::Error::Success() : ffi::Error::Internal(status.message);
+  });
+}
+
+ffi::Error only_check_forward(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                              ffi::Dictionary attributes) {
+  return guarded([&] {
+    read_forward(args, rets, attributes);
+    return ffi::Error::Success();
+  });
+}
+
+XLA_FFI_DEFINE_HANDLER(kInitializeHandler, initialize_device,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs());
+
+// Command buffer compatible: it launches and does nothing else (no allocation, no query of the
+// stream), and the launches follow from the operands' shapes.
+XLA_FFI_DEFINE_HANDLER(kForwardHandler, execute_forward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kForwardCheckingHandler, only_check_forward,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
+}  // namespace
+
+std::vector<Handler> handlers() {
+  return {
+      {kForward, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
+      {kForward, "execute", reinterpret_cast<void*>(kForwardHandler)},
+  };
+}
+
+std::vector<Handler> checking_handlers() {
+  return {{kForward, "execute", reinterpret_cast<void*>(kForwardCheckingHandler)}};
+}
+
+}  // namespace jax_flashkda

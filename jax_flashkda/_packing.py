@@ -1,10 +1,9 @@
 """Packing documents into rows, and converting between the ways of saying where segments lie.
 
-`pack_documents` runs on the host in numpy, once per data set or shard. The converters run anywhere,
-inside `jit` too, given static bounds: segment ids are int32 [..., T] with 1, 2, .. for the segments of a
-row and 0 for padding, lengths are int32 [..., N], cu_seqlens are int32 [..., N + 1], the running sum of
-the lengths from 0.
-"""
+`pack_documents` runs on the host in numpy, once per data set or shard. The converters run
+anywhere, inside `jit` too, given static bounds: segment ids are int32 [..., T] with 1, 2, .. for
+the segments of a row and 0 for padding, lengths are int32 [..., N], cu_seqlens are int32 [..., N +
+1], the running sum of the lengths from 0."""
 
 import operator
 from collections.abc import Sequence
@@ -38,23 +37,22 @@ def pack_documents(
 ) -> PackedDocuments:
     """Pack token documents into rows of `seq_len` tokens, wasting little.
 
-    Documents are placed longest first, each into the row it fills most tightly (best-fit decreasing), so
-    padding is usually below one percent. A document never crosses a row. The result depends on the
-    arguments alone, and every token of every document appears exactly once.
+    Documents are placed longest first, each into the row it fills most tightly (best-fit
+    decreasing), so padding is usually below one percent. A document never crosses a row. The
+    result depends on the arguments alone, and every token of every document appears exactly once.
 
     **Arguments**
 
     - `documents`: a list of 1-D integer sequences. Empty ones are skipped.
     - `seq_len`: T, the row length.
-    - `long_documents`: what to do with a document longer than `seq_len`: "split" cuts it into pieces that
-      are segments of their own (the last token of a piece still has the first one of the next as its
-      target), "error" refuses it.
-    - `padding_token`: fills `tokens` at padding and `targets` where the document has no next token. Real
-      tokens may have the same value: `segment_ids` and `loss_mask` tell them apart.
+    - `long_documents`: what to do with a document longer than `seq_len`: "split" cuts it into
+      pieces that are segments of their own (the last token of a piece still has the first one of
+      the next as its target), "error" refuses it.
+    - `padding_token`: fills `tokens` at padding and `targets` where the document has no next
+      token. Real tokens may have the same value: `segment_ids` and `loss_mask` tell them apart.
 
-    **Returns** `PackedDocuments`; with B = 0 rows if there are no tokens. The integer type is int32, or
-    int64 where a token needs it.
-    """
+    **Returns** `PackedDocuments`; with B = 0 rows if there are no tokens. The integer type is
+    int32, or int64 where a token needs it."""
     seq_len = _positive_int("seq_len", seq_len)
     if long_documents not in ("split", "error"):
         raise ValueError(f"long_documents must be 'split' or 'error', got {long_documents!r}")
@@ -72,7 +70,9 @@ def pack_documents(
     pieces.sort(key=lambda piece: piece[1] - piece[2])
     rows = _best_fit([stop - start for _, start, stop in pieces], seq_len)
 
-    dtype = np.result_type(np.int32, np.min_scalar_type(padding_token), *{d.dtype for d in documents})
+    dtype = np.result_type(
+        np.int32, np.min_scalar_type(padding_token), *{d.dtype for d in documents}
+    )
     shape = (max(rows, default=-1) + 1, seq_len)
     packed = PackedDocuments(
         tokens=np.full(shape, padding_token, dtype),
@@ -142,8 +142,8 @@ def _refuse_long(documents, seq_len):
     if longest > seq_len:
         count = sum(len(document) > seq_len for document in documents)
         raise ValueError(
-            f"{count} of {len(documents)} documents are longer than seq_len={seq_len} (the longest has"
-            f" {longest} tokens): raise seq_len, shorten them, or pass long_documents='split'"
+            f"{count} of {len(documents)} documents are longer than seq_len={seq_len} (the longest"
+            f" has {longest} tokens): raise seq_len, shorten them, or pass long_documents='split'"
         )
 
 
@@ -152,13 +152,12 @@ def lengths_to_segment_ids(lengths, seq_len: int):
 
     **Arguments**
 
-    - `lengths`: integers [..., N]. A zero takes up no room, and the ordinal of the segments after it is
-      still counted with it: id n + 1 belongs to `lengths[n]`.
+    - `lengths`: integers [..., N]. A zero takes up no room, and the ordinal of the segments after
+      it is still counted with it: id n + 1 belongs to `lengths[n]`.
     - `seq_len`: T, static.
 
-    **Returns** int32 [..., T]; 0 behind the last segment. Lengths that sum to more than `seq_len` are
-    refused where their values are known; inside `jit` what lies beyond the row is cut off.
-    """
+    **Returns** int32 [..., T]; 0 behind the last segment. Lengths that sum to more than `seq_len`
+    are refused where their values are known; inside `jit` what lies beyond the row is cut off."""
     seq_len = _positive_int("seq_len", seq_len, minimum=0)
     lengths = _integers("lengths", lengths)
     known = _known(lengths)
@@ -180,13 +179,12 @@ def cu_seqlens_to_segment_ids(cu_seqlens, seq_len: int):
 
     **Arguments**
 
-    - `cu_seqlens`: integers [..., N + 1], starting at 0 and never decreasing. Repeated values are empty
-      segments, so a list padded at its end with its last value is fine.
+    - `cu_seqlens`: integers [..., N + 1], starting at 0 and never decreasing. Repeated values are
+      empty segments, so a list padded at its end with its last value is fine.
     - `seq_len`: T, static, at least the last value.
 
-    **Returns** int32 [..., T]; id n + 1 for segment n, 0 behind the last one. Add a batch axis to a single
-    row before handing it to the op: `ids[None]`.
-    """
+    **Returns** int32 [..., T]; id n + 1 for segment n, 0 behind the last one. Add a batch axis to
+    a single row before handing it to the op: `ids[None]`."""
     seq_len = _positive_int("seq_len", seq_len, minimum=0)
     cu_seqlens = _integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.shape[-1] == 0:
@@ -197,7 +195,8 @@ def cu_seqlens_to_segment_ids(cu_seqlens, seq_len: int):
             raise ValueError(f"cu_seqlens must start at 0, got {known[..., 0]}")
         if (np.diff(known.astype(np.int64), axis=-1) < 0).any():
             raise ValueError(
-                f"cu_seqlens must not decrease, got {known}; pad unused entries with the last offset"
+                f"cu_seqlens must not decrease, got {known}; pad unused entries with the last"
+                " offset"
             )
         if (known[..., -1] > seq_len).any():
             raise ValueError(f"cu_seqlens end at {known[..., -1].max()}, beyond seq_len={seq_len}")
@@ -219,18 +218,18 @@ def segment_ids_to_lengths(
 ):
     """Length of every segment of each row, in order.
 
-    Segments are those of the op: maximal runs of equal ids, without padding (ids below zero or equal to
-    `padding_segment_id`), whatever the ids are.
+    Segments are those of the op: maximal runs of equal ids, without padding (ids below zero or
+    equal to `padding_segment_id`), whatever the ids are.
 
     **Arguments**
 
     - `segment_ids`: integers [..., T].
-    - `max_segments`: N, static. Needed inside `jit`; elsewhere it defaults to the largest count of a row.
+    - `max_segments`: N, static. Needed inside `jit`; elsewhere it defaults to the largest count of
+      a row.
     - `padding_segment_id`: static int or None.
 
-    **Returns** int32 [..., N]; zeros behind the row's last segment. Segments beyond N are refused where the
-    values are known and dropped inside `jit`.
-    """
+    **Returns** int32 [..., N]; zeros behind the row's last segment. Segments beyond N are refused
+    where the values are known and dropped inside `jit`."""
     segment_ids = _integers("segment_ids", segment_ids)
     T = segment_ids.shape[-1]
     valid = segment_ids >= 0
@@ -263,13 +262,14 @@ def segment_ids_to_lengths(
 def segment_ids_to_cu_seqlens(
     segment_ids, max_segments: int | None = None, *, padding_segment_id: int | None = 0
 ):
-    """Offsets of the segments of each row once padding is taken out: the running sum of their lengths.
+    """Offsets of the segments of each row once padding is taken out: the running sum of their
+    lengths.
 
-    Where padding stands only at the end of the rows, these are the offsets in the row itself. Arguments as
-    for `segment_ids_to_lengths`.
+    Where padding stands only at the end of the rows, these are the offsets in the row itself.
+    Arguments as for `segment_ids_to_lengths`.
 
-    **Returns** int32 [..., N + 1], starting at 0; behind the row's last segment its end is repeated.
-    """
+    **Returns** int32 [..., N + 1], starting at 0; behind the row's last segment its end is
+    repeated."""
     lengths = segment_ids_to_lengths(
         segment_ids, max_segments, padding_segment_id=padding_segment_id
     )

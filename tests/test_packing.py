@@ -117,7 +117,7 @@ def test_types_and_empty_input():
         (dict(long_documents="drop"), "long_documents must be 'split' or 'error', got 'drop'"),
         (
             dict(documents=[[1] * 9, [1] * 4], long_documents="error"),
-            r"1 of 2 documents are longer than seq_len=8 \(the longest has 9 tokens\): raise seq_len",
+            r"1 of 2 documents are longer than seq_len=8 \(the longest has 9 tokens\): raise",
         ),
     ],
 )
@@ -197,15 +197,39 @@ def test_converters_work_in_jit_with_static_bounds():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: lengths_to_segment_ids([3, 4], 6), ValueError, "lengths sum to 7, more than seq_len=6"),
-        (lambda: lengths_to_segment_ids([-1], 6), ValueError, "lengths must not be negative, got -1"),
-        (lambda: lengths_to_segment_ids([1.0], 6), TypeError, "lengths must be integers, got float32"),
+        (
+            lambda: lengths_to_segment_ids([3, 4], 6),
+            ValueError,
+            "lengths sum to 7, more than seq_len=6",
+        ),
+        (
+            lambda: lengths_to_segment_ids([-1], 6),
+            ValueError,
+            "lengths must not be negative, got -1",
+        ),
+        (
+            lambda: lengths_to_segment_ids([1.0], 6),
+            TypeError,
+            "lengths must be integers, got float32",
+        ),
         (lambda: lengths_to_segment_ids(3, 6), ValueError, "at least one axis, got a scalar"),
         (lambda: cu_seqlens_to_segment_ids([1, 2], 6), ValueError, "cu_seqlens must start at 0"),
-        (lambda: cu_seqlens_to_segment_ids([0, 4, 2], 6), ValueError, "pad unused entries with the last"),
+        (
+            lambda: cu_seqlens_to_segment_ids([0, 4, 2], 6),
+            ValueError,
+            "pad unused entries with the last",
+        ),
         (lambda: cu_seqlens_to_segment_ids([0, 8], 6), ValueError, "end at 8, beyond seq_len=6"),
-        (lambda: cu_seqlens_to_segment_ids(jnp.zeros(0, int), 6), ValueError, "must hold N . 1 offsets"),
-        (lambda: segment_ids_to_lengths([1, 2], 1), ValueError, "2 segments, more than max_segments=1"),
+        (
+            lambda: cu_seqlens_to_segment_ids(jnp.zeros(0, int), 6),
+            ValueError,
+            "must hold N . 1 offsets",
+        ),
+        (
+            lambda: segment_ids_to_lengths([1, 2], 1),
+            ValueError,
+            "2 segments, more than max_segments=1",
+        ),
         (
             lambda: jax.jit(segment_ids_to_lengths)(jnp.ones(3, int)),
             ValueError,

@@ -33,6 +33,8 @@ __all__ = [
     "get_requires_for_build_editable",
     "get_requires_for_build_sdist",
     "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
 ]
 
 # The headers of the oldest JAX supported, never those of whatever JAX is installed: a handler runs
@@ -53,6 +55,16 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def get_requires_for_build_editable(config_settings=None):
     return _requires(_skbuild.get_requires_for_build_editable, config_settings)
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    settings, _ = _split(config_settings)
+    return _skbuild.prepare_metadata_for_build_wheel(metadata_directory, settings)
+
+
+def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
+    settings, _ = _split(config_settings)
+    return _skbuild.prepare_metadata_for_build_editable(metadata_directory, settings)
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
@@ -97,6 +109,8 @@ def _prepare(config_settings):
             settings |= PURE
         else:
             settings["cmake.define.CMAKE_CUDA_COMPILER"] = nvcc
+            if cuda == "package-index":
+                settings |= _toolkit_of_packages(Path(nvcc).parent.parent)
     template = Path("build/_build_info.py")
     template.parent.mkdir(exist_ok=True)
     escaped = repr(reason).replace("$", "$$")  # scikit-build-core substitutes $names
@@ -106,6 +120,18 @@ def _prepare(config_settings):
     )
     print(f"jax_flashkda: {'building the CUDA extension' if reason is None else reason}")
     return settings
+
+
+def _toolkit_of_packages(root):
+    """What CMake has to be told because the packages lay out the toolkit in their own way."""
+    return {
+        "cmake.define.CUDAToolkit_ROOT": str(root),
+        # nvcc links from lib64.
+        "cmake.define.CMAKE_CUDA_FLAGS": f"-L{root / 'lib'}",
+        # CMake insists on finding the shared cudart, though we link the static one, and looks for
+        # a libcudart.so without version.
+        "cmake.define.CUDA_CUDART": str(next((root / "lib").glob("libcudart.so*"))),
+    }
 
 
 def _split(config_settings):

@@ -40,7 +40,7 @@ def run_python(code, *args, **environment):
 
 
 def test_the_installed_package_is_tested():
-    """Not the source tree, which has no extension: where one is required, the two must not be mixed up."""
+    """Not the source tree, which has no extension and would hide a broken installation."""
     if not os.environ.get("JAX_FLASHKDA_REQUIRE_EXTENSION"):
         pytest.skip("either is fine unless JAX_FLASHKDA_REQUIRE_EXTENSION is set")
     assert not pathlib.Path(jax_flashkda.__file__).is_relative_to(ROOT)
@@ -190,21 +190,16 @@ def test_registration_is_idempotent():
     _extension.register()
 
 
-def op_arguments(T=64, H=2, D=128):
-    x = jax.ShapeDtypeStruct((1, T, H, D), jnp.bfloat16)
-    return x, x, x, x, jax.ShapeDtypeStruct((1, T, H), jnp.bfloat16)
+def test_lowers_for_cuda_on_this_jax():
+    extension()
+    x = jax.ShapeDtypeStruct((1, 64, 2, 128), jnp.bfloat16)
+    beta = jax.ShapeDtypeStruct((1, 64, 2), jnp.bfloat16)
 
-
-def lowered_for_cuda(*arguments):
     def op(*arrays):
         return jax_flashkda.kimi_delta_attention(*arrays, implementation="cuda")
 
-    return jax.jit(op).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_lowers_for_cuda_on_this_jax():
-    extension()
-    text = lowered_for_cuda(*op_arguments())
+    traced = jax.jit(op).trace(x, x, x, x, beta)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     call = next(line for line in text.splitlines() if "jax_flashkda.forward" in line)
     workspace = _extension.workspace_bytes("forward", 1, 64, 2, 2, 128, 128, 1, False)
     assert "custom_call" in call
@@ -232,8 +227,8 @@ def pure_wheel(tmp_path_factory):
         "sys.path.insert(0, 'packaging')\n"
         "import flashkda_backend\n"
         "settings = {'cuda': 'off'}\n"
-        "needed = flashkda_backend.get_requires_for_build_wheel(settings)\n"
-        "assert not any(word in ' '.join(needed) for word in ('jaxlib', 'nanobind', 'nvidia', 'cmake'))\n"
+        "needed = ' '.join(flashkda_backend.get_requires_for_build_wheel(settings))\n"
+        "assert not any(name in needed for name in ('jaxlib', 'nanobind', 'nvidia', 'cmake'))\n"
         "flashkda_backend.build_wheel(sys.argv[2], settings)\n"
     )
     run_python(code, source, folder, PATH="")  # no compiler of any kind is needed

@@ -1,0 +1,62 @@
+// Answers one line of input, a call of the forward as numbers, with one line: the bytes of its
+// workspace and what check_forward has to say about it. tests/test_native_host.py writes the lines.
+// Needs no CUDA.
+#include <cstdint>
+#include <cstdlib>
+#include <iostream>
+#include <sstream>
+#include <string>
+
+#include "dispatch/dispatch.h"
+
+using namespace jax_flashkda;
+
+namespace {
+
+template <typename T>
+T number(std::istream& line) {
+  T value;
+  line >> value;
+  return value;
+}
+
+float real(std::istream& line) { return std::strtof(number<std::string>(line).c_str(), nullptr); }
+
+template <typename T>
+T* address(std::istream& line) { return reinterpret_cast<T*>(number<uintptr_t>(line)); }
+
+ForwardParams parse(std::istream& line) {
+  ForwardParams p{};
+  ForwardShape& s = p.shape;
+  for (int64_t* size : {&s.B, &s.T, &s.H, &s.HV, &s.K, &s.V, &s.N}) *size = number<int64_t>(line);
+  s.has_segment_ids = number<bool>(line);
+  for (DType* dtype : {&p.qkv_dtype, &p.g_dtype, &p.beta_dtype}) {
+    *dtype = DType(number<int32_t>(line));
+  }
+  p.gate = Gate(number<int32_t>(line));
+  p.gate_lower_bound = real(line);
+  p.beta_is_logits = number<bool>(line);
+  p.allow_neg_eigval = number<bool>(line);
+  p.scale = real(line);
+  for (const void** operand : {&p.q, &p.k, &p.v, &p.g, &p.beta}) *operand = address<void>(line);
+  p.A_log = address<float>(line);
+  p.dt_bias = address<float>(line);
+  p.initial_state = address<float>(line);
+  p.segment_ids = address<int32_t>(line);
+  p.o = address<void>(line);
+  p.final_state = address<float>(line);
+  p.workspace = address<void>(line);
+  return p;
+}
+
+}  // namespace
+
+int main() {
+  for (std::string text; std::getline(std::cin, text);) {
+    std::istringstream line(text);
+    const ForwardParams params = parse(line);
+    if (!line) return EXIT_FAILURE;
+    std::cout << forward_workspace_bytes(params.shape) << ' ' << check_forward(params).message
+              << std::endl;
+  }
+}

@@ -1,0 +1,389 @@
+"""The native code that runs before any kernel: checks, sizes, and how handlers read XLA's buffers.
+
+No GPU: check_forward and the workspace arithmetic are compiled by themselves under the undefined
+behaviour sanitizer, and the handlers run through XLA on the CPU in a form that stops before the
+launch.
+"""
+
+import functools
+import itertools
+import pathlib
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from built import extension
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A valid call, in the order in which native_host.cc reads it.
+ADDRESSES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "segment_ids", "o")
+ADDRESSES += ("final_state", "workspace")
+F32, BF16, F16 = 0, 1, 2
+LOG_DECAY, SOFTPLUS, BOUNDED = 0, 1, 2
+VALID = (
+    dict(B=2, T=65, H=2, HV=4, K=128, V=128, N=1, has_segment_ids=0)
+    | dict(qkv_dtype=BF16, g_dtype=F32, beta_dtype=BF16)
+    | dict(gate=LOG_DECAY, gate_lower_bound=-5.0, beta_is_logits=0, allow_neg_eigval=0, scale=0.1)
+    | {f"{name}_at": 4096 * (i + 1) for i, name in enumerate(ADDRESSES)}
+    | dict(A_log_at=0, dt_bias_at=0, segment_ids_at=0)
+)
+
+
+class HostProgram:
+    """native_host.cc, compiled once; `ask` sends it a call and returns its answer."""
+
+    def __init__(self, folder):
+        listed = (ROOT / "cuda" / "sources.cmake").read_text()
+        names = re.search(r"JAX_FLASHKDA_HOST_SOURCES[^\n]*\n(.*?)\)", listed, re.DOTALL)[1].split()
+        program = folder / "native_host"
+        command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
+        command += ["-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'cuda'}"]
+        command += [ROOT / "tests" / "native_host.cc", *(ROOT / "cuda" / name for name in names)]
+        subprocess.run([*command, "-o", program], check=True, timeout=300)
+        self._process = subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **changes):
+        call = VALID | changes
+        assert call.keys() == VALID.keys()
+        print(*call.values(), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        assert answer, "the program ended: undefined behaviour, see its output"
+        bytes_, _, message = answer.rstrip("\n").partition(" ")
+        return int(bytes_), message
+
+    def close(self):
+        self._process.communicate(timeout=60)
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    program = HostProgram(tmp_path_factory.mktemp("native_host"))
+    yield program
+    program.close()
+
+
+# Checks
+
+# What can be wrong with a call, and what the message must then say. Faults of a group exclude each
+# other.
+FAULTS = {
+    "B": [(dict(B=-1), "B is -1, must not be negative")],
+    "heads": [
+        (dict(HV=3), "HV is 3, must be a positive multiple of H = 2"),
+        (dict(HV=0), "HV is 0"),
+    ],
+    "slots": [(dict(N=2), "N is 2, must be 1 without segment_ids"), (dict(N=-1), "N is -1")],
+    "g": [(dict(g_dtype=F16), "g is f16, the kernels take"), (dict(g_at=0), "g is missing")],
+    "beta": [
+        (dict(beta_dtype=F16), "beta is f16, the kernels take"),
+        (dict(beta_at=2), "beta is not"),
+    ],
+    "gate": [
+        (dict(gate=3), "gate is 3, must be 0 (log_decay), 1 (softplus) or 2 (bounded)"),
+        (dict(gate=-1), "gate is -1"),
+        (dict(A_log_at=4096), "A_log was given, but gate log_decay reads none"),
+        (dict(dt_bias_at=4096), "dt_bias was given, but gate log_decay reads none"),
+        (dict(gate=SOFTPLUS), "A_log is missing: gate softplus needs it"),
+        (
+            dict(gate=BOUNDED, gate_lower_bound=-5.5),
+            "gate_lower_bound is -5.5, must lie in [-5, 0)",
+        ),
+        (dict(gate=BOUNDED, gate_lower_bound=0.0), "gate_lower_bound is 0, must lie in [-5, 0)"),
+        (dict(gate=BOUNDED, gate_lower_bound="nan"), "gate_lower_bound is nan"),
+    ],
+    "eigval": [(dict(allow_neg_eigval=1), "allow_neg_eigval needs beta_is_logits")],
+    "scale": [(dict(scale="nan"), "scale is nan"), (dict(scale="-inf"), "scale is -inf")],
+    "segment_ids": [(dict(segment_ids_at=4096), "segment_ids was given")],
+} | {
+    name: [
+        (dict([(f"{name}_at", 0)]), f"{name} is missing"),
+        (dict([(f"{name}_at", 4096 + 8)]), f"{name} is not aligned to 16 bytes"),
+    ]
+    for name in ("q", "k", "v", "o", "workspace")
+}
+STATE_FAULTS = [
+    (dict(initial_state_at=8), "initial_state is not aligned to 16 bytes"),
+    (dict(final_state_at=8), "final_state is not aligned to 16 bytes"),
+]
+
+
+def test_a_valid_call_passes(host):
+    assert host.ask()[1] == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(T=0, q_at=0, k_at=0, v_at=0, g_at=0, beta_at=0, o_at=0, workspace_at=0),
+        dict(B=0, q_at=0, k_at=0, v_at=0, g_at=0, beta_at=0, o_at=0, workspace_at=0),
+        dict(initial_state_at=0, final_state_at=0),
+        dict(has_segment_ids=1, N=0, segment_ids_at=4),
+        dict(has_segment_ids=1, N=7, segment_ids_at=4096),
+        dict(gate=SOFTPLUS, A_log_at=4, dt_bias_at=16),
+        dict(gate=BOUNDED, gate_lower_bound=-1.5),
+        dict(beta_is_logits=1, allow_neg_eigval=1),
+        dict(scale=0.0),
+        dict(scale=-2.0),
+        dict(HV=2),
+    ],
+)
+def test_other_valid_calls_pass(host, changes):
+    assert host.ask(**changes)[1] == ""
+
+
+@pytest.mark.parametrize(
+    "changes, text", [*itertools.chain(*FAULTS.values()), *STATE_FAULTS], ids=lambda x: str(x)
+)
+def test_each_fault_is_refused_by_name(host, changes, text):
+    message = host.ask(**changes)[1]
+    assert message.startswith("jax_flashkda.forward: ")
+    assert text in message
+
+
+@pytest.mark.parametrize("changes", [dict(K=64), dict(V=64), dict(qkv_dtype=F32), dict(K=0)])
+def test_a_call_without_a_kernel_learns_which_there_are(host, changes):
+    message = host.ask(**changes)[1]
+    assert "has no kernel (compiled: K = 128, V = 128 with q, k, v in bf16" in message
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_all_faults_of_a_call_are_told_at_once(host, data):
+    groups = data.draw(st.sets(st.sampled_from(sorted(FAULTS)), min_size=1))
+    chosen = [data.draw(st.sampled_from(FAULTS[group])) for group in sorted(groups)]
+    changes = {}
+    for change, _ in chosen:
+        changes |= change
+    if "B" in groups:  # without rows no operand has to be there
+        chosen = [(change, text) for change, text in chosen if "missing" not in text]
+    message = host.ask(**changes)[1]
+    for _, text in chosen:
+        assert text in message, (changes, message)
+
+
+@given(
+    sizes=st.fixed_dictionaries({name: st.integers(-(2**63), 2**63 - 1) for name in "BTHNKV"}),
+    heads=st.integers(-(2**63), 2**63 - 1),
+    has_segment_ids=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_size_is_too_large_to_be_refused(host, sizes, heads, has_segment_ids):
+    """The sanitizer ends the program where the checks themselves overflow."""
+    message = host.ask(**sizes, HV=heads, has_segment_ids=int(has_segment_ids))[1]
+    assert message
+
+
+# Workspace
+
+SIZES = st.fixed_dictionaries(
+    dict(
+        B=st.integers(0, 64),
+        T=st.integers(0, 2**18),
+        H=st.integers(1, 8),
+        HV=st.integers(1, 8),
+        N=st.integers(0, 4096),
+        has_segment_ids=st.booleans(),
+    )
+)
+
+
+def workspace_bytes(host, sizes):
+    segments = sizes["has_segment_ids"]
+    return host.ask(
+        **sizes
+        | dict(HV=sizes["H"] * sizes["HV"], has_segment_ids=int(segments))
+        | dict(N=sizes["N"] if segments else 1)
+    )[0]
+
+
+@given(sizes=SIZES, axis=st.sampled_from(["B", "T", "H", "HV", "N"]), more=st.integers(1, 100))
+@settings(max_examples=300, deadline=None)
+def test_workspace_grows_with_every_size(host, sizes, axis, more):
+    bytes_ = workspace_bytes(host, sizes)
+    assert bytes_ % 1024 == 0
+    grown = workspace_bytes(host, sizes | {axis: sizes[axis] + more})
+    assert grown >= bytes_
+    packed = workspace_bytes(host, sizes | dict(N=sizes["N"] + 1, has_segment_ids=True))
+    assert packed >= workspace_bytes(host, sizes | dict(has_segment_ids=False))
+
+
+@given(sizes=SIZES)
+@settings(max_examples=200, deadline=None)
+def test_workspace_is_counted_in_64_bits(host, sizes):
+    """Of twice the rows it is twice as much, up to rounding: also past 2^31 and 2^32 bytes."""
+    rounding = 64 * 1024
+    one, two = (workspace_bytes(host, sizes | dict(B=n * sizes["B"])) for n in (1, 2))
+    assert abs(two - 2 * one) <= rounding
+
+
+def test_workspace_holds_what_the_formula_needs(host):
+    """At least each chunk's inverse, [C, C] in bf16; not ten times q, k, v, g and o in bf16."""
+    sizes = dict(B=3, T=131_200, H=64, HV=1, N=1, has_segment_ids=False)
+    tokens = 3 * 131_200 * 64
+    assert tokens * 64 * 2 <= workspace_bytes(host, sizes) <= 10 * tokens * 5 * 128 * 2
+
+
+def test_the_module_counts_the_same(host):
+    module = extension()
+    for B, T, HV, N, has_segment_ids in [(1, 1, 2, 1, 0), (2, 65, 4, 1, 0), (3, 8192, 96, 33, 1)]:
+        sizes = dict(B=B, T=T, H=2, HV=HV, K=128, V=128, N=N, has_segment_ids=has_segment_ids)
+        expected = host.ask(**sizes)[0]
+        assert (
+            module.forward_workspace_bytes(**sizes | {"has_segment_ids": bool(has_segment_ids)})
+            == expected
+        )
+
+
+# Handlers: through XLA, on the CPU
+
+B, T, H, HV, K, V, N = 2, 48, 2, 4, 128, 128, 3
+OPERANDS = {
+    "q": ((B, T, H, K), "bfloat16"),
+    "k": ((B, T, H, K), "bfloat16"),
+    "v": ((B, T, HV, V), "bfloat16"),
+    "g": ((B, T, HV, K), "float32"),
+    "beta": ((B, T, HV), "bfloat16"),
+    "A_log": ((B, HV), "float32"),
+    "dt_bias": ((B, HV, K), "float32"),
+    "initial_state": ((B, N, HV, K, V), "float32"),
+    "segment_ids": ((B, T), "int32"),
+}
+RESULTS = {"o": ((B, T, HV, V), "bfloat16"), "final_state": ((B, N, HV, K, V), "float32")}
+ATTRIBUTES = dict(
+    gate=np.int32(SOFTPLUS),
+    gate_lower_bound=np.float32(-5),
+    beta_is_logits=np.bool_(True),
+    allow_neg_eigval=np.bool_(True),
+    qk_l2norm=np.bool_(True),
+    scale=np.float32(0.1),
+    has_padding_segment_id=np.bool_(True),
+    padding_segment_id=np.int32(0),
+    max_segments=np.int64(N),
+    has_A_log=np.bool_(True),
+    has_dt_bias=np.bool_(True),
+    has_initial_state=np.bool_(True),
+    has_segment_ids=np.bool_(True),
+    return_final_state=np.bool_(True),
+)
+
+
+@functools.cache
+def checking_target():
+    ((name, stages),) = extension().checking_registrations().items()
+    jax.ffi.register_ffi_target(f"{name}.check", stages, platform="cpu")
+    return f"{name}.check"
+
+
+def call_handler(operands=OPERANDS, results=RESULTS, workspace=None, **attributes):
+    """Compiles and runs the call on the CPU; the handler's error is raised as JAX does."""
+    target = checking_target()
+    if workspace is None:
+        bytes_ = extension().forward_workspace_bytes(B, T, H, HV, K, V, N, True)
+        workspace = ((bytes_,), "uint8")
+    out = [jax.ShapeDtypeStruct(*spec) for spec in [*results.values(), workspace]]
+    attributes = {k: v for k, v in (ATTRIBUTES | attributes).items() if v is not None}
+
+    def program():
+        arrays = [jnp.zeros(*spec) for spec in operands.values()]
+        return jax.ffi.ffi_call(target, out)(*arrays, **attributes)
+
+    return jax.block_until_ready(jax.jit(program)())
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        call_handler(*args, **kwargs)
+    message = str(caught.value)
+    assert message.startswith("INVALID_ARGUMENT: jax_flashkda.forward: ")
+    return message
+
+
+def without(specs, *names):
+    return {name: spec for name, spec in specs.items() if name not in names}
+
+
+def test_handler_takes_a_valid_call():
+    call_handler()
+
+
+@pytest.mark.parametrize("absent", ["initial_state", "dt_bias", "segment_ids", "final_state"])
+def test_handler_takes_calls_without_optional_operands(absent):
+    one_slot = {} if absent != "segment_ids" else {"max_segments": np.int64(1)}
+    attribute = "return_final_state" if absent == "final_state" else f"has_{absent}"
+    operands, results = without(OPERANDS, absent), without(RESULTS, absent)
+    if absent == "segment_ids":
+        operands["initial_state"] = results["final_state"] = ((B, 1, HV, K, V), "float32")
+    call_handler(operands, results, **{attribute: np.bool_(False)}, **one_slot)
+
+
+@pytest.mark.parametrize("name", [*OPERANDS, *RESULTS])
+@pytest.mark.parametrize("fault", ["rank", "dimension", "dtype"])
+def test_handler_holds_every_operand_against_the_others(name, fault):
+    specs = OPERANDS | RESULTS
+    shape, dtype = specs[name]
+    faulty = {
+        "rank": ((1, *shape), dtype),
+        "dimension": ((*shape[:1], shape[1] + 1, *shape[2:]), dtype),
+        "dtype": (shape, "uint32"),
+    }[fault]
+    operands, results = (
+        {k: faulty if k == name else v for k, v in s.items()} for s in (OPERANDS, RESULTS)
+    )
+    message = refusal(operands, results)
+    blamed = re.match(r"\S+ \S+ (\w+) (has|is) ", message)[1]
+    # The others are held against the dimensions of q, so of a wrong one k is the first to differ.
+    assert blamed == ("k" if (name, fault) == ("q", "dimension") else name)
+
+
+@pytest.mark.parametrize("name", sorted(ATTRIBUTES))
+def test_handler_refuses_missing_and_mistyped_attributes(name):
+    assert f"attribute {name}: " in refusal(**{name: None})
+    assert f"attribute {name}: " in refusal(**{name: np.float64(1)})
+
+
+@pytest.mark.parametrize("name", ["A_log", "dt_bias", "initial_state", "segment_ids"])
+def test_handler_refuses_operands_that_contradict_the_attributes(name):
+    refusal(without(OPERANDS, name))
+    refusal(**{f"has_{name}": np.bool_(False)})
+
+
+def test_handler_refuses_what_nobody_reads():
+    assert "got 15 attributes, expected 14" in refusal(chunk=np.int32(64))
+    assert "got 10 operands, expected 9" in refusal(OPERANDS | {"more": ((3,), "float32")})
+    assert "got 4 results, expected 3" in refusal(
+        results=RESULTS | {"w": ((2**30,), "uint8")}, workspace=((1,), "uint8")
+    )
+
+
+def test_handler_refuses_a_small_workspace():
+    needed = extension().forward_workspace_bytes(B, T, H, HV, K, V, N, True)
+    message = refusal(workspace=((needed - 1,), "uint8"))
+    assert f"workspace has {needed - 1} bytes, expected {needed}" in message
+    assert "lowered by another version" in message
+
+
+def test_handler_applies_the_native_checks():
+    assert "scale is inf" in refusal(scale=np.float32(np.inf))
+    assert "gate is 3" in refusal(gate=np.int32(3))
+    assert "gate is -1" in refusal(gate=np.int32(-1))
+    stateless = without(OPERANDS, "initial_state"), without(RESULTS, "final_state")
+    absent = dict(has_initial_state=np.bool_(False), return_final_state=np.bool_(False))
+    call_handler(*stateless, **absent)
+    assert "N is -1" in refusal(*stateless, **absent, max_segments=np.int64(-1))
+
+
+def test_a_valid_call_works_after_a_refused_one():
+    refusal(gate=np.int32(3))
+    call_handler()

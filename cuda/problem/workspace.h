@@ -49,12 +49,9 @@ struct ForwardWorkspace {
   int64_t segment_table;  // [B T] SegmentEntry      with segment_ids
   int64_t counts;         // TableCounts             with segment_ids
   int64_t row_segments;   // [B] int32 segments of a row, with segment_ids
+  int64_t decay_slots;    // a count, not an offset
   int64_t bytes;
 };
-
-// Whole chunks that start at t use slot t / kChunk, which no other whole chunk of the row shares. A shorter chunk ends its
-// segment, so its decay matters to a final state alone: it uses the slot of its segment behind those.
-inline int64_t decay_slots(const ForwardShape& shape) { return (shape.T + kChunk - 1) / kChunk + shape.N; }
 
 inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
   ForwardWorkspace w{};
@@ -70,7 +67,10 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
   w.k_restored = take(head_tokens * shape.K * 2);
   w.A_kk_inv = take(head_tokens * kChunk * 2);
   w.A_qk = take(head_tokens * kChunk * 2);
-  w.chunk_decay = take(shape.B * shape.HV * decay_slots(shape) * shape.K * 4);
+  // A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row shares. A shorter chunk ends its
+  // segment, so its decay matters to a final state alone: it uses the slot of its segment behind those.
+  w.decay_slots = (shape.T + kChunk - 1) / kChunk + shape.N;
+  w.chunk_decay = take(shape.B * shape.HV * w.decay_slots * shape.K * 4);
   if (shape.has_segment_ids) {
     w.chunk_table = take(shape.B * shape.T * static_cast<int64_t>(sizeof(ChunkEntry)));
     w.segment_table = take(shape.B * shape.T * static_cast<int64_t>(sizeof(SegmentEntry)));

@@ -1,0 +1,86 @@
+// (I + A_kk)^-1 of a 64-token chunk, in fp32: forward substitution on the 16x16 diagonal blocks, then blocks are merged,
+//   [L11 0; L21 L22]^-1 = [X11 0; -X22 L21 X11, X22],
+// 16 -> 32 -> 64. A series in powers of A_kk would blow up for correlated keys; this stays at rounding level.
+#pragma once
+
+#include "sm90/mma.cuh"
+
+namespace jax_flashkda {
+
+inline constexpr int kMatrixStride = 68;  // floats between rows of a 64x64 matrix: 16-byte aligned, rows in different banks
+
+// Column `column` of the inverse of diagonal block `block`; A strictly lower.
+__device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s_X, int block, int column) {
+  const float* A = s_A + block * 16 * (kMatrixStride + 1);
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float sum = i == column ? 1.0f : 0.0f;
+#pragma unroll
+    for (int j4 = 0; j4 < i; j4 += 4) {
+      const float4 a = *reinterpret_cast<const float4*>(A + i * kMatrixStride + j4);
+      sum = fmaf(-a.x, x[j4], sum);
+      if (j4 + 1 < i) sum = fmaf(-a.y, x[j4 + 1], sum);
+      if (j4 + 2 < i) sum = fmaf(-a.z, x[j4 + 2], sum);
+      if (j4 + 3 < i) sum = fmaf(-a.w, x[j4 + 3], sum);
+    }
+    x[i] = sum;
+  }
+  float* X = s_X + block * 16 * (kMatrixStride + 1) + column;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) X[i * kMatrixStride] = x[i];
+}
+
+// c[16 x 8] += a[16 x 8 Steps] b[8 Steps x 8], row-major fp32 in shared memory, as three tf32 products a step.
+template <int Steps>
+__device__ __forceinline__ void product(float (&c)[4], const float* a, const float* b, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+    uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      split_tf32(a[(g + 8 * (i & 1)) * kMatrixStride + 8 * step + t + 4 * (i >> 1)], a_high[i], a_low[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) split_tf32(b[(8 * step + t + 4 * i) * kMatrixStride + g], b_high[i], b_low[i]);
+    mma_tf32(c, a_low, b_high);
+    mma_tf32(c, a_high, b_low);
+    mma_tf32(c, a_high, b_high);
+  }
+}
+
+__device__ __forceinline__ void store_block(float* s, const float (&c)[4], float sign, int lane) {
+  float* at = s + (lane >> 2) * kMatrixStride + 2 * (lane & 3);
+  *reinterpret_cast<float2*>(at) = make_float2(sign * c[0], sign * c[1]);
+  *reinterpret_cast<float2*>(at + 8 * kMatrixStride) = make_float2(sign * c[2], sign * c[3]);
+}
+
+__device__ __forceinline__ int matrix_at(int row, int column) { return row * kMatrixStride + column; }
+
+// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. Four warps; the diagonal blocks are there
+// and what lies above them is zero. The blocks' own places hold the intermediate L21 X11.
+__device__ __forceinline__ void merge_blocks(const float* s_A, float* s_X, int warp, int lane) {
+  {
+    const int at = 32 * (warp >> 1), n = 8 * (warp & 1);
+    float c[4] = {};
+    product<2>(c, s_A + matrix_at(at + 16, at), s_X + matrix_at(at, at + n), lane);
+    store_block(s_X + matrix_at(at + 16, at + n), c, 1.0f, lane);
+    __syncwarp();
+    float d[4] = {};
+    product<2>(d, s_X + matrix_at(at + 16, at + 16), s_X + matrix_at(at + 16, at + n), lane);
+    __syncwarp();
+    store_block(s_X + matrix_at(at + 16, at + n), d, -1.0f, lane);
+  }
+  __syncthreads();  // the 16-column halves of a pair come from two warps
+  const int m = 16 * (warp >> 1), n = 16 * (warp & 1);
+  float c[2][4] = {};
+  for (int i = 0; i < 2; ++i) product<4>(c[i], s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n + 8 * i), lane);
+  for (int i = 0; i < 2; ++i) store_block(s_X + matrix_at(32 + m, n + 8 * i), c[i], 1.0f, lane);
+  __syncthreads();  // both row halves of L21 X11 are there
+  float d[2][4] = {};
+  for (int i = 0; i < 2; ++i) product<4>(d[i], s_X + matrix_at(32 + m, 32), s_X + matrix_at(32, n + 8 * i), lane);
+  __syncthreads();  // everybody has read L21 X11
+  for (int i = 0; i < 2; ++i) store_block(s_X + matrix_at(32 + m, n + 8 * i), d[i], -1.0f, lane);
+}
+
+}  // namespace jax_flashkda

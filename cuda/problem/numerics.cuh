@@ -1,0 +1,34 @@
+// One rule each for the numbers every stage must agree on.
+#pragma once
+
+#include "core/ptx.cuh"
+#include "problem/params.h"
+
+namespace jax_flashkda {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+// A token's log decay is clamped here first: exp(-110) is zero in fp32, so nothing is lost, and -inf becomes a plain reset
+// (inf - inf in a difference of sums would not).
+inline constexpr float kLog2DecayMin = -110.0f * kLog2E;
+
+// Largest decay, in powers of two, between a reference point and a row it serves: 2^60 times any sensible key stays
+// finite, and a bounded gate (8 tokens of -5) never exceeds it.
+inline constexpr float kLog2DecayHalfSpan = 60.0f;
+
+// A NaN stays one: it must show in its own segment.
+__device__ __forceinline__ float clamp_log2_decay(float log2_decay) {
+  return log2_decay < kLog2DecayMin ? kLog2DecayMin : log2_decay;
+}
+
+__device__ __forceinline__ float beta_value(float beta, bool is_logits, bool allow_neg_eigval) {
+  if (!is_logits) return beta;
+  const float sigmoid = 1.0f / (1.0f + __expf(-beta));
+  return allow_neg_eigval ? 2.0f * sigmoid : sigmoid;
+}
+
+// 16-byte piece `piece` of row `row` in a tile whose 128-byte rows are swizzled as the tensor cores expect: the pieces of
+// eight consecutive rows fall into different banks.
+__host__ __device__ __forceinline__ constexpr int swizzle128(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+
+}  // namespace jax_flashkda

@@ -1,0 +1,55 @@
+// Tile, roles and shared memory of the state stage.
+#pragma once
+
+#include "problem/workspace.h"
+
+namespace jax_flashkda::chunk_state_output {
+
+// What the loading warp tells the consumers about the chunk in a stage.
+struct ChunkHeader {
+  int64_t token;         // row * T + first token
+  int64_t state;         // (row * N + slot) * HV + head, or -1: no initial state, final state dropped
+  int32_t head;
+  int32_t value_column;  // first of the CTA's columns of V
+  int32_t length;        // 1 .. kChunk; 0: there is no more work
+  bool first;            // of its segment
+  bool last;
+};
+
+enum Barrier : uint32_t { kConsumerBarrier = 1 };  // one for each consumer warpgroup, from here on; 0 is __syncthreads
+
+// kValueTiles warpgroups, each with 64 columns of V.
+template <int kValueTiles_>
+struct Config {
+  static constexpr int kValueTiles = kValueTiles_;
+  static constexpr int kHeadDim = 128;      // K and V
+  static constexpr int kColumns = 64;       // of V, of one warpgroup
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = 128 * (kValueTiles + 1);  // warpgroup 0 loads, the others compute
+  static constexpr int kLoaderRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr bool kMoveRegisters = kValueTiles > 1;   // with one consumer everybody can have enough
+  static constexpr int kValueRowBytes = kValueTiles * kColumns * 2 + 16;  // padded: eight rows fall into different banks
+
+  struct alignas(1024) Stage {
+    uint8_t k_decayed[2][8192];   // [channel half][token] rows of 128 bytes, swizzled
+    uint8_t q_decayed[2][8192];
+    uint8_t k_restored[2][8192];
+    uint8_t A_kk_inv[8192];       // [token] rows of 128 bytes, swizzled
+    uint8_t A_qk[8192];
+    float chunk_decay[kHeadDim];
+    uint8_t v[kChunk * kValueRowBytes];
+    ChunkHeader header;
+  };
+  // Every chunk fills a stage completely, a short one with zeros behind its end.
+  static constexpr uint32_t kStageBytes = 3 * 16384 + 2 * 8192 + kHeadDim * 4 + kChunk * kValueTiles * kColumns * 2;
+
+  struct Shared {
+    Stage stages[kStages];
+    alignas(1024) uint8_t o[kValueTiles][8192];  // [token] rows of 64 columns, swizzled
+    uint64_t full[kStages];   // written by the copy engine, awaited by the consumers
+    uint64_t empty[kStages];  // written by the consumers, awaited by the loading warp
+  };
+};
+
+}  // namespace jax_flashkda::chunk_state_output

@@ -1,0 +1,317 @@
+// The recurrence over chunks, and the output:
+//   R = V - (k exp(G)) S      U = (I + A_kk)^-1 Diag(beta) R      O = scale ((q exp(G)) S + A_qk U)
+//   S <- Diag(exp(G_C)) S + (k exp(G_C - G))^T U
+// Grid: persistent CTAs over (segment, value head[, half of V]); a chain of chunks is serial, chains are not.
+// Roles: one warp loads a chunk ahead by bulk copies; each consumer warpgroup keeps 64 columns of the state, transposed
+// [64 V x 128 K], in fp32 accumulators, and S, R and U become register operands where they are, without leaving it.
+// Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state.
+#pragma once
+
+#include "core/ptx.cuh"
+#include "problem/numerics.cuh"
+#include "problem/segments.cuh"
+#include "sm90/chunk_state_output/config.h"
+#include "sm90/mma.cuh"
+
+namespace jax_flashkda::chunk_state_output {
+
+__device__ uint4 zeros[512];  // never written: the rows behind a short chunk's end are copied from here
+
+template <class Config>
+struct Loader {
+  typename Config::Shared& s;
+  const ForwardParams& p;
+  const ForwardWorkspace& w;
+  int lane;
+  int stage = 0;
+  uint32_t parity = 1;  // of empty: the first pass finds all stages free
+
+  __device__ void rows(uint8_t* to, const uint8_t* from, int length, uint64_t* full) {
+    bulk_load(to, from, length * 128, full);
+    if (length < kChunk) bulk_load(to + length * 128, zeros, (static_cast<int>(kChunk) - length) * 128, full);
+  }
+
+  __device__ void decayed_operand(uint8_t (&to)[2][8192], int64_t offset, int64_t head_row, int length, uint64_t* full) {
+    const uint8_t* from = static_cast<const uint8_t*>(p.workspace) + offset + head_row * 256;
+    if (length == kChunk) {
+      bulk_load(to[0], from, 16384, full);
+    } else {
+      rows(to[0], from, length, full);
+      rows(to[1], from + length * 128, length, full);
+    }
+  }
+
+  __device__ void chunk(const ChunkHeader& header, int64_t head_row, int64_t decay_slot) {
+    mbarrier_wait(&s.empty[stage], parity);  // the consumers have let go of the stage
+    typename Config::Stage& to = s.stages[stage];
+    uint64_t* full = &s.full[stage];
+    if (lane == 0) {
+      to.header = header;
+      mbarrier_arrive_expect(full, header.length > 0 ? Config::kStageBytes : 0);
+    }
+    __syncwarp();  // the bytes are expected before any of them can arrive
+    if (header.length > 0) {
+      const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
+      if (lane == 0) decayed_operand(to.k_decayed, w.k_decayed, head_row, header.length, full);
+      if (lane == 1) rows(to.A_kk_inv, workspace + w.A_kk_inv + head_row * 128, header.length, full);
+      if (lane == 2) decayed_operand(to.k_restored, w.k_restored, head_row, header.length, full);
+      if (lane == 3) decayed_operand(to.q_decayed, w.q_decayed, head_row, header.length, full);
+      if (lane == 4) rows(to.A_qk, workspace + w.A_qk + head_row * 128, header.length, full);
+      if (lane == 5) {
+        const void* decay = workspace + w.chunk_decay + decay_slot * Config::kHeadDim * 4;
+        bulk_load(to.chunk_decay, decay_slot >= 0 ? decay : zeros, Config::kHeadDim * 4, full);
+      }
+      constexpr uint32_t kRowBytes = Config::kValueTiles * Config::kColumns * 2;
+      for (int r = lane; r < kChunk; r += 32) {
+        const int64_t element = ((header.token + r) * p.shape.HV + header.head) * Config::kHeadDim + header.value_column;
+        const void* v = static_cast<const uint8_t*>(p.v) + element * 2;
+        bulk_load(to.v + r * Config::kValueRowBytes, r < header.length ? v : zeros, kRowBytes, full);
+      }
+    }
+    if (++stage == Config::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+
+  __device__ void segment(const Segment& segment, int64_t head, int value_column) {
+    ChunkHeader header;
+    header.state = segment.slot < 0 ? -1 : (segment.row * p.shape.N + segment.slot) * p.shape.HV + head;
+    header.head = static_cast<int32_t>(head);
+    header.value_column = value_column;
+    const int64_t head_index = segment.row * p.shape.HV + head;
+    for (int64_t done = 0; done < segment.length; done += kChunk) {
+      const int64_t start = segment.start + done;
+      header.token = segment.row * p.shape.T + start;
+      header.length = static_cast<int>(segment.length - done < kChunk ? segment.length - done : kChunk);
+      header.first = done == 0;
+      header.last = done + kChunk >= segment.length;
+      const int64_t slot = chunk_decay_slot(p.shape, start, header.length, segment.slot < 0 ? p.shape.N : segment.slot);
+      chunk(header, head_index * p.shape.T + start, slot < 0 ? -1 : head_index * w.decay_slots + slot);
+    }
+  }
+
+  __device__ void run() {
+    const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
+    const SegmentEntry* entries = reinterpret_cast<const SegmentEntry*>(workspace + w.segment_table);
+    const int64_t segments =
+        p.shape.has_segment_ids
+            ? clamp_to(reinterpret_cast<const TableCounts*>(workspace + w.counts)->segments, 0, p.shape.B * p.shape.T)
+            : p.shape.B;
+    constexpr int kSplits = Config::kHeadDim / (Config::kValueTiles * Config::kColumns);
+    for (int64_t item = blockIdx.x; item < segments * p.shape.HV * kSplits; item += gridDim.x) {
+      const int64_t index = item / (p.shape.HV * kSplits), head = item / kSplits % p.shape.HV;
+      const SegmentEntry whole_row = {static_cast<int32_t>(index), 0, static_cast<int32_t>(p.shape.T), 0};
+      const SegmentEntry entry = p.shape.has_segment_ids ? entries[index] : whole_row;
+      segment(segment_from_entry(p.shape, entry), head, static_cast<int>(item % kSplits) * Config::kColumns * Config::kValueTiles);
+    }
+    ChunkHeader end = {};
+    chunk(end, 0, -1);
+  }
+};
+
+template <class Config>
+struct Consumer {
+  typename Config::Shared& s;
+  const ForwardParams& p;
+  int tile;    // the warpgroup's 64 columns of the CTA's
+  int warp;    // in the warpgroup
+  int lane;
+  float state[64];  // rows: columns of V; element [4 j + 2 h + e]: V column 16 warp + lane / 4 + 8 h, channel 8 j + 2 (lane % 4) + e
+
+  __device__ int64_t state_at(const ChunkHeader& header, int h) const {
+    const int column = header.value_column + 64 * tile + 16 * warp + (lane >> 2) + 8 * h;
+    return (header.state * Config::kHeadDim + 2 * (lane & 3)) * Config::kHeadDim + column;
+  }
+
+  __device__ void start(const ChunkHeader& header) {
+    if (p.initial_state == nullptr || header.state < 0) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) state[i] = 0.0f;
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float* from = p.initial_state + state_at(header, h);
+#pragma unroll
+      for (int j = 0; j < 16; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) state[4 * j + 2 * h + e] = __ldg(from + (8 * j + e) * Config::kHeadDim);
+    }
+  }
+
+  __device__ void finish(const ChunkHeader& header) {
+    if (p.final_state == nullptr || header.state < 0) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float* to = p.final_state + state_at(header, h);
+#pragma unroll
+      for (int j = 0; j < 16; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) to[(8 * j + e) * Config::kHeadDim] = state[4 * j + 2 * h + e];
+    }
+  }
+
+  // r = V - P, rounded, in the operand order of the next product. Tokens two by two from the transposed rows of V.
+  __device__ void residual(uint32_t (&r)[16], const float (&projected)[32], const typename Config::Stage& stage) const {
+    const int token = 8 * (lane >> 4) + (lane & 7), column = 64 * tile + 16 * warp + 8 * ((lane >> 3) & 1);
+    const uint32_t v = shared_address(stage.v) + token * Config::kValueRowBytes + 2 * column;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t pairs[4];
+      load_matrices_transposed(pairs, v + 16 * step * Config::kValueRowBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        r[4 * step + i] =
+            pack_bf16(bf16_low(pairs[i]) - projected[8 * step + 2 * i], bf16_high(pairs[i]) - projected[8 * step + 2 * i + 1]);
+    }
+  }
+
+  __device__ void decay_state(const typename Config::Stage& stage) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float2 decay = *reinterpret_cast<const float2*>(&stage.chunk_decay[8 * j + 2 * (lane & 3)]);
+      state[4 * j] *= decay.x;
+      state[4 * j + 1] *= decay.y;
+      state[4 * j + 2] *= decay.x;
+      state[4 * j + 3] *= decay.y;
+    }
+  }
+
+  // Through shared memory, so that tokens become rows again and leave in whole lines.
+  __device__ void store_output(const float (&o)[32], const ChunkHeader& header) {
+    uint8_t* staged = s.o[tile];
+    const int token = 8 * (lane >> 4) + (lane & 7), piece = 2 * warp + ((lane >> 3) & 1);
+    named_barrier(kConsumerBarrier + tile, 128);  // the warpgroup has copied the last chunk's rows out
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = pack_bf16(o[8 * step + 2 * i] * p.scale, o[8 * step + 2 * i + 1] * p.scale);
+      store_matrices_transposed(shared_address(staged) + swizzle128(16 * step + token, piece), pairs);
+    }
+    named_barrier(kConsumerBarrier + tile, 128);  // the warpgroup's columns are staged, before their rows are read
+    const int thread = 32 * warp + lane;
+    uint8_t* to = static_cast<uint8_t*>(p.o) +
+                  ((header.token * p.shape.HV + header.head) * Config::kHeadDim + header.value_column + 64 * tile) * 2;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int row = 16 * n + (thread >> 3), column = thread & 7;
+      if (row < header.length)
+        *reinterpret_cast<uint4*>(to + row * p.shape.HV * Config::kHeadDim * 2 + 16 * column) =
+            *reinterpret_cast<const uint4*>(staged + swizzle128(row, column));
+    }
+  }
+
+  __device__ void chunk(const typename Config::Stage& stage, uint64_t* empty) {
+    const uint64_t k_decayed = swizzled_operand(shared_address(stage.k_decayed), 0);
+    const uint64_t q_decayed = swizzled_operand(shared_address(stage.q_decayed), 0);
+    const uint64_t k_restored = swizzled_operand(shared_address(stage.k_restored), 8192);
+    const uint64_t A_kk_inv = swizzled_operand(shared_address(stage.A_kk_inv), 0);
+    const uint64_t A_qk = swizzled_operand(shared_address(stage.A_qk), 0);
+    uint32_t a[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) a[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
+
+    float projected[32], o[32];
+    wgmma_fence();
+    // Steps of 16 channels: 32 bytes along a row, then the next column half. Addresses count in 16 bytes.
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      product(projected, a, i, k_decayed + (i / 4) * 512 + (i % 4) * 2, i > 0);
+    wgmma_commit();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) product(o, a, i, q_decayed + (i / 4) * 512 + (i % 4) * 2, i > 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    fence_registers(projected);
+
+    uint32_t r[16];
+    residual(r, projected, stage);
+    float u[32];
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product(u, r, i, A_kk_inv + i * 2, i > 0);
+    wgmma_commit();
+    decay_state(stage);
+    wgmma_wait<0>();
+    fence_registers(u);
+    fence_registers(o);
+
+    uint32_t u_operand[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) u_operand[i] = pack_bf16(u[2 * i], u[2 * i + 1]);
+    fence_registers(state);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i)  // steps of 16 tokens: 16 rows
+      wgmma_64x128_transposed<true>(state, u_operand[4 * i], u_operand[4 * i + 1], u_operand[4 * i + 2], u_operand[4 * i + 3],
+                                    k_restored + i * 128);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) product(o, u_operand, i, A_qk + i * 2, true);
+    wgmma_commit();
+    const ChunkHeader header = stage.header;
+    wgmma_wait<0>();
+    fence_registers(state);
+    fence_registers(o);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
+    store_output(o, header);
+    if (header.last) finish(header);
+  }
+
+  template <int Count>
+  __device__ static void product(float (&c)[32], const uint32_t (&a)[Count], int step, uint64_t b, bool accumulate) {
+    if (accumulate) {
+      wgmma_64x64<true>(c, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b);
+    } else {
+      wgmma_64x64<false>(c, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b);
+    }
+  }
+
+  __device__ void run() {
+    int stage = 0;
+    uint32_t parity = 0;
+    while (true) {
+      mbarrier_wait(&s.full[stage], parity);  // the copy engine and the loading warp have filled the stage
+      const ChunkHeader& header = s.stages[stage].header;
+      if (header.length == 0) return;
+      if (header.first) start(header);
+      chunk(s.stages[stage], &s.empty[stage]);
+      if (++stage == Config::kStages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  }
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    chunk_state_output_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardWorkspace w) {
+  extern __shared__ uint8_t shared_bytes[];
+  typename Config::Shared& s = *reinterpret_cast<typename Config::Shared*>(
+      shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Config::kStages; ++i) {
+      mbarrier_init(&s.full[i], 1);
+      mbarrier_init(&s.empty[i], 4 * Config::kValueTiles);  // each consumer warp
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();  // barriers are initialised, before anybody uses them
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  if (warpgroup == 0) {
+    if constexpr (Config::kMoveRegisters) lower_registers<Config::kLoaderRegisters>();
+    if (warp == 0) {
+      Loader<Config> loader{s, p, w, lane};
+      loader.run();
+    }
+  } else {
+    if constexpr (Config::kMoveRegisters) raise_registers<Config::kConsumerRegisters>();
+    Consumer<Config> consumer{s, p, warpgroup - 1, warp, lane};
+    consumer.run();
+  }
+}
+
+}  // namespace jax_flashkda::chunk_state_output

@@ -1,0 +1,312 @@
+"""Kimi Delta Attention as a Flax NNX layer, with the parts of the released models.
+
+    q, k, v = short_conv(W_q x), short_conv(W_k x), short_conv(W_v x)      causal, SiLU
+    g       = W_fb W_fa x                             raw gate, per head and key channel
+    beta    = W_b x                                   logits, per head
+    o       = kimi_delta_attention(q, k, v, g, beta, A_log, dt_bias)
+    y       = W_o (RMSNorm(o) * sigmoid(W_g x))
+
+Heads keep an axis of their own in every parameter that has them (q_proj is [hidden, H, K], o_proj
+[HV, V, hidden]), so sharding over heads is a name on that axis and no reshape stands in its way.
+"""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from ._kda import kimi_delta_attention
+from ._segments import is_padding
+from ._short_conv import short_conv
+
+__all__ = ["KimiDeltaAttention"]
+
+_default_kernel_init = nnx.initializers.lecun_normal()
+
+
+class KimiDeltaAttention(nnx.Module):
+    """Kimi Delta Attention layer: projections, short convolutions, gates, the op, gated norm.
+
+        layer = KimiDeltaAttention(2304, 32, 128, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        y = layer(x)                               # [B, T, 2304] -> [B, T, 2304]
+        y = layer(x, segment_ids=segment_ids)      # packed rows, see pack_documents
+
+    The defaults are Kimi-Linear-48B's. Kimi-K3 has `gate="bounded"`, `output_gate="full_rank"`;
+    GLM-5.3-Flash `gate="bounded"`; FLA's layer `output_gate_bias=True`.
+
+    In Linen, through Flax's bridge:
+
+        layer = nnx.bridge.to_linen(KimiDeltaAttention, 2304, 32, 128, dtype=jnp.bfloat16)
+        variables = layer.init(jax.random.key(0), x)
+        y = layer.apply(variables, x, segment_ids=segment_ids)
+
+    **Arguments**
+
+    - `hidden_size`: features of input and output.
+    - `num_heads`: H, heads of q and k.
+    - `head_dim`: K, and V unless `value_head_dim` says otherwise. The CUDA kernels are made for
+      128.
+    - `num_value_heads`: HV, heads of v, gates, state and output; a multiple of H, by default H.
+    - `value_head_dim`: V, by default K.
+    - `conv_width`: taps of the short convolutions.
+    - `gate`: "softplus", decay -exp(A_log) softplus(g + dt_bias), or "bounded", decay
+      gate_lower_bound sigmoid(exp(A_log) (g + dt_bias)).
+    - `gate_lower_bound`: in [-5, 0), read by the bounded gate alone.
+    - `gate_rank`: rank of the decay gate's projection and of a low-rank output gate, by default V.
+    - `output_gate`: "low_rank" (g_a_proj, g_b_proj) or "full_rank" (g_proj).
+    - `output_gate_bias`: whether the output gate's last projection has a bias.
+    - `allow_neg_eigval`: beta in (0, 2) instead of (0, 1).
+    - `norm_eps`: epsilon of the gated RMSNorm.
+    - `dtype`: type of the computation; None infers it from the input and the parameters. Gates,
+      norm and state are computed in float32 whatever it is.
+    - `param_dtype`: type of the parameters except A_log and dt_bias, which are float32 always:
+      bfloat16 cannot hold the spread of dt_bias, and its smallest decays would be lost.
+    - `precision`: of the projections, see `jax.lax.Precision`.
+    - `kernel_init`: initialiser of all projections.
+    - `axis_names`: names (hidden, heads) of those two axes in the `out_sharding` metadata of every
+      parameter, e.g. ("embed", "heads"): mesh axes, or logical names resolved by Flax's axis
+      rules. None leaves the metadata to `kernel_init`, which may be an `nnx.with_partitioning`
+      initialiser.
+    - `residual_name`, `implementation`: passed to `kimi_delta_attention`.
+    - `rngs`: random streams; "params" is used.
+
+    **Parameters** `q_proj k_proj v_proj o_proj`, `q_conv1d k_conv1d v_conv1d`, `f_a_proj f_b_proj`,
+    `g_a_proj g_b_proj` or `g_proj`, `b_proj`, `o_norm`, `A_log` [HV], `dt_bias` [HV, K].
+
+    The projections are named "query_proj", "key_proj", "value_proj" and "out_proj" for
+    `jax.checkpoint` policies."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int = 128,
+        *,
+        num_value_heads: int | None = None,
+        value_head_dim: int | None = None,
+        conv_width: int = 4,
+        gate: str = "softplus",
+        gate_lower_bound: float = -5.0,
+        gate_rank: int | None = None,
+        output_gate: str = "low_rank",
+        output_gate_bias: bool = False,
+        allow_neg_eigval: bool = False,
+        norm_eps: float = 1e-5,
+        dtype=None,
+        param_dtype=jnp.float32,
+        precision=None,
+        kernel_init=_default_kernel_init,
+        axis_names: tuple[str | None, str | None] | None = None,
+        residual_name: str | None = None,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        num_value_heads = num_heads if num_value_heads is None else num_value_heads
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        gate_rank = value_head_dim if gate_rank is None else gate_rank
+        _check_sizes(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_value_heads=num_value_heads,
+            value_head_dim=value_head_dim,
+            conv_width=conv_width,
+            gate_rank=gate_rank,
+        )
+        _check_options(gate, gate_lower_bound, output_gate, axis_names)
+
+        self.hidden_size = hidden_size
+        self.gate = gate
+        self.gate_lower_bound = gate_lower_bound
+        self.output_gate = output_gate
+        self.allow_neg_eigval = allow_neg_eigval
+        self.residual_name = residual_name
+        self.implementation = implementation
+
+        embed, heads = axis_names or (None, None)
+
+        def metadata(*names):
+            return {} if axis_names is None else {"out_sharding": names}
+
+        def projection(inputs, outputs, names, use_bias=False):
+            return nnx.LinearGeneral(
+                inputs,
+                outputs,
+                axis=tuple(range(-len(inputs), 0)),
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=kernel_init,
+                kernel_metadata=metadata(*names),
+                bias_metadata=metadata(*names[len(inputs) :]) if use_bias else {},
+                rngs=rngs,
+            )
+
+        def convolution(channels):
+            names = metadata(None, heads, None)
+            return _ShortConv(conv_width, channels, param_dtype, names, rngs)
+
+        hidden, rank = (hidden_size,), (gate_rank,)
+        qk_heads, v_heads = (num_heads, head_dim), (num_value_heads, value_head_dim)
+        gate_channels = (num_value_heads, head_dim)
+        to_heads = (embed, heads, None)
+
+        self.q_proj = projection(hidden, qk_heads, to_heads)
+        self.k_proj = projection(hidden, qk_heads, to_heads)
+        self.v_proj = projection(hidden, v_heads, to_heads)
+        self.q_conv1d = convolution(qk_heads)
+        self.k_conv1d = convolution(qk_heads)
+        self.v_conv1d = convolution(v_heads)
+
+        self.f_a_proj = projection(hidden, rank, (embed, None))
+        self.f_b_proj = projection(rank, gate_channels, (None, heads, None))
+        self.b_proj = projection(hidden, (num_value_heads,), (embed, heads))
+        # The bounded gate starts at unit amplitude, as in GLM-5.3-Flash: 16 would pin its sigmoid to 0.
+        initial_value = _log_uniform if gate == "softplus" else nnx.initializers.zeros
+        self.A_log = nnx.Param(
+            initial_value(rngs.params(), (num_value_heads,), jnp.float32), **metadata(heads)
+        )
+        self.dt_bias = nnx.Param(
+            _inverse_softplus_dt(rngs.params(), gate_channels, jnp.float32), **metadata(heads, None)
+        )
+
+        if output_gate == "low_rank":
+            self.g_a_proj = projection(hidden, rank, (embed, None))
+            self.g_b_proj = projection(rank, v_heads, (None, heads, None), output_gate_bias)
+        else:
+            self.g_proj = projection(hidden, v_heads, to_heads, output_gate_bias)
+        self.o_norm = _GatedRMSNorm(value_head_dim, norm_eps, param_dtype, metadata(None))
+        self.o_proj = projection(v_heads, hidden, (heads, None, embed))
+
+    def __call__(self, x, *, segment_ids=None, padding_segment_id=0, out_sharding=None):
+        """Mix the tokens of x along T.
+
+        **Arguments**
+
+        - `x`: [B, T, hidden_size].
+        - `segment_ids`: int32 [B, T] or None. Segments (maximal runs of equal ids) do not see each
+          other; ids below zero or equal to `padding_segment_id` are padding: zero output, zero
+          gradient, whatever x holds there.
+        - `padding_segment_id`: static int, or None to make 0 an ordinary id.
+        - `out_sharding`: sharding of the output, for Explicit meshes with sharded heads.
+
+        **Returns** [B, T, hidden_size].
+        """
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must be [B, T, hidden_size={self.hidden_size}], got {x.shape}")
+        if segment_ids is not None and segment_ids.shape != x.shape[:2]:
+            raise ValueError(f"segment_ids must be [B, T] = {x.shape[:2]}, got {segment_ids.shape}")
+        segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)
+        if segment_ids is not None:
+            # Selected away at the door: a NaN in padding would reach the gradient of every
+            # projection.
+            x = jnp.where(is_padding(**segments)[..., None], 0, x)
+
+        q = checkpoint_name(self.q_proj(x), "query_proj")
+        k = checkpoint_name(self.k_proj(x), "key_proj")
+        v = checkpoint_name(self.v_proj(x), "value_proj")
+        o = kimi_delta_attention(
+            self.q_conv1d(q, **segments),
+            self.k_conv1d(k, **segments),
+            self.v_conv1d(v, **segments),
+            self.f_b_proj(self.f_a_proj(x)),
+            self.b_proj(x),
+            gate=self.gate,
+            A_log=self.A_log[...],
+            dt_bias=self.dt_bias[...],
+            gate_lower_bound=self.gate_lower_bound,
+            beta_is_logits=True,
+            allow_neg_eigval=self.allow_neg_eigval,
+            qk_l2norm=True,
+            residual_name=self.residual_name,
+            implementation=self.implementation,
+            **segments,
+        )
+        if self.output_gate == "low_rank":
+            output_gate = self.g_b_proj(self.g_a_proj(x))
+        else:
+            output_gate = self.g_proj(x)
+        o = self.o_norm(o, output_gate)
+        return checkpoint_name(self.o_proj(o, out_sharding=out_sharding), "out_proj")
+
+
+class _ShortConv(nnx.Module):
+    """Holds the kernel [W, heads, head_dim] of one short convolution."""
+
+    def __init__(self, width, channels, param_dtype, metadata, rngs):
+        # Uniform in +-1/sqrt(W), torch's default for Conv1d, which the models were trained from.
+        init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
+        self.kernel = nnx.Param(init(rngs.params(), (width, *channels), param_dtype), **metadata)
+
+    def __call__(self, x, **segments):
+        return short_conv(x, self.kernel[...], **segments)
+
+
+class _GatedRMSNorm(nnx.Module):
+    """RMSNorm over the last axis, times sigmoid(gate); float32 inside whatever the types."""
+
+    def __init__(self, features, eps, param_dtype, metadata):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), **metadata)
+        self.eps = eps
+
+    def __call__(self, x, gate):
+        # The backward pass recomputes the float32 intermediates instead of keeping them.
+        return jax.checkpoint(self._norm, prevent_cse=False)(x, gate, self.scale[...])
+
+    def _norm(self, x, gate, scale):
+        dtype = x.dtype
+        compute_dtype = jnp.promote_types(dtype, jnp.float32)
+        x, gate, scale = (value.astype(compute_dtype) for value in (x, gate, scale))
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale * jax.nn.sigmoid(gate)).astype(dtype)
+
+
+def _log_uniform(key, shape, dtype):
+    """log of a uniform draw from [1, 16]."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def _inverse_softplus_dt(key, shape, dtype):
+    """The bias whose softplus is a step size dt, log-uniform in [1e-3, 1e-1], at least 1e-4."""
+    log_dt = jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1))
+    dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def _check_sizes(**sizes):
+    problems = [
+        f"{name} must be an int of at least 1, got {value!r}"
+        for name, value in sizes.items()
+        if not _is_positive_int(value)
+    ]
+    if not problems and sizes["num_value_heads"] % sizes["num_heads"]:
+        problems.append(
+            f"num_value_heads must be a multiple of num_heads={sizes['num_heads']},"
+            f" got {sizes['num_value_heads']}"
+        )
+    if problems:
+        raise ValueError("KimiDeltaAttention: " + "; ".join(problems))
+
+
+def _is_positive_int(value):
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False
+
+
+def _check_options(gate, gate_lower_bound, output_gate, axis_names):
+    problems = []
+    if gate not in ("softplus", "bounded"):
+        problems.append(f"gate must be 'softplus' or 'bounded', got {gate!r}")
+    if gate == "bounded" and not -5.0 <= gate_lower_bound < 0.0:
+        problems.append(f"gate_lower_bound must lie in [-5, 0), got {gate_lower_bound!r}")
+    if output_gate not in ("low_rank", "full_rank"):
+        problems.append(f"output_gate must be 'low_rank' or 'full_rank', got {output_gate!r}")
+    if axis_names is not None and (isinstance(axis_names, str) or len(axis_names) != 2):
+        problems.append(f"axis_names must be a pair (hidden, heads) or None, got {axis_names!r}")
+    if problems:
+        raise ValueError("KimiDeltaAttention: " + "; ".join(problems))

@@ -1,0 +1,73 @@
+// Exact-size device allocations: one cudaMalloc an operand, so that a memory checker sees every byte outside.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define CHECK_CUDA(call)                                                                                  \
+  do {                                                                                                    \
+    const cudaError_t error_ = (call);                                                                    \
+    if (error_ != cudaSuccess) {                                                                          \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));     \
+      std::exit(2);                                                                                       \
+    }                                                                                                     \
+  } while (0)
+
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  explicit DeviceBuffer(size_t bytes) : bytes_(bytes) {
+    if (bytes > 0) CHECK_CUDA(cudaMalloc(&data_, bytes));
+  }
+  DeviceBuffer(DeviceBuffer&& other) noexcept { swap(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~DeviceBuffer() {
+    if (data_ != nullptr) cudaFree(data_);
+  }
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  void fill(int byte) {
+    if (bytes_ > 0) CHECK_CUDA(cudaMemset(data_, byte, bytes_));
+  }
+  template <typename T>
+  void upload(const std::vector<T>& host) {
+    if (!host.empty()) CHECK_CUDA(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  template <typename T>
+  std::vector<T> download() const {
+    std::vector<T> host(bytes_ / sizeof(T));
+    if (bytes_ > 0) CHECK_CUDA(cudaMemcpy(host.data(), data_, bytes_, cudaMemcpyDeviceToHost));
+    return host;
+  }
+
+ private:
+  void swap(DeviceBuffer& other) {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+inline float round_bf16(float x) { return __bfloat162float(__float2bfloat16(x)); }
+
+// Values as the call's type, on the device.
+inline DeviceBuffer upload_as(const std::vector<float>& values, bool bf16) {
+  DeviceBuffer buffer(values.size() * (bf16 ? 2 : 4));
+  if (bf16) {
+    std::vector<__nv_bfloat16> rounded(values.size());
+    for (size_t i = 0; i < values.size(); ++i) rounded[i] = __float2bfloat16(values[i]);
+    buffer.upload(rounded);
+  } else {
+    buffer.upload(values);
+  }
+  return buffer;
+}

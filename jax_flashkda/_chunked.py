@@ -1,0 +1,303 @@
+"""Kimi Delta Attention on XLA: the chunk-parallel form of op.md section 1, one chunk of 64 tokens a step.
+
+The forward walks each segment's chunks and carries its state. The backward saves nothing: it walks once forward for the
+state each chunk starts from, then in reverse, differentiating one recomputed chunk at a time. Temporaries are therefore
+one chunk's intermediates and, in the backward, one state per 64 tokens.
+
+Arithmetic is fp32 (fp64 for float64 inputs). For 16-bit inputs the products may run on tf32 matrix units, whose operands
+keep more digits than the inputs have; for float32 inputs they are exact fp32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _segments
+from ._problem import Problem
+from ._segments import CHUNK
+
+# exp(-110) is 0 in fp32: a stronger decay changes nothing, and -inf becomes a plain reset.
+MIN_LOG_DECAY = -110.0
+L2NORM_EPS = 1e-6
+
+_TOKEN_OPERANDS = ("q", "k", "v", "g", "beta")
+
+
+def forward(problem: Problem, *operands):
+    """Forward results of `problem` (see `_problem.py` for operands and results)."""
+    call = _Call(problem, operands)
+    if call.empty:
+        return (call.tokens[2], call.initial_state)[: len(problem.result_names)]
+
+    def step(i, carry):
+        o, states, state = carry
+        chunk = call.schedule[i]
+        tile = [_take(x, chunk.start) for x in call.tokens]
+        state = call.enter(chunk, state)
+        o_tile, state = _chunk(problem, chunk.mask(), tile, call.parameters, state)
+        return _put(o, chunk, o_tile), call.leave(chunk, states, state), state
+
+    o, states, _ = lax.fori_loop(
+        0,
+        call.schedule.count,
+        step,
+        (jnp.zeros_like(call.tokens[2]), call.initial_state, call.zero_state),
+    )
+    o = o[:, : call.T]
+    return (o, states) if problem.return_final_state else (o,)
+
+
+def backward(problem: Problem, *operands):
+    """Gradients of the float operands of `problem`, from its operands and the cotangents of its results."""
+    call = _Call(problem, operands)
+    cotangents = operands[len(problem.operand_names) :]
+    d_o = _pad_tail(cotangents[0], call.padded_T)
+    d_states = cotangents[1] if problem.return_final_state else jnp.zeros_like(call.initial_state)
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    if call.empty:
+        return call.gradients(zeros(call.tokens), zeros(call.parameters), d_states)
+
+    def advance(i, carry):
+        starts, state = carry
+        chunk = call.schedule[i]
+        tile = [_take(x, chunk.start) for x in call.tokens]
+        state = call.enter(chunk, state)
+        starts = _put_state(starts, chunk.start // CHUNK, ~chunk.first & (chunk.length > 0), state)
+        return starts, _chunk(problem, chunk.mask(), tile, call.parameters, state)[1]
+
+    B, T = call.tokens[0].shape[0], call.padded_T
+    starts = jnp.zeros((B, T // CHUNK, *call.zero_state.shape[1:]), call.zero_state.dtype)
+    starts, _ = lax.fori_loop(0, call.schedule.count, advance, (starts, call.zero_state))
+
+    def retreat(j, carry):
+        d_tokens, d_parameters, d_states, d_state = carry
+        chunk = call.schedule[call.schedule.count - 1 - j]
+        tile = [_take(x, chunk.start) for x in call.tokens]
+        state = call.enter(chunk, _take_state(starts, chunk.start // CHUNK))
+        mine = _in_range(chunk, d_states)
+        # A state that nobody reads has no cotangent: that of a segment without a slot is zero.
+        d_final = jnp.where(_rows(mine, d_state), _take_state(d_states, chunk.segment), 0)
+        d_state = jnp.where(_rows(chunk.last, d_state), d_final, d_state)
+        _, pull_back = jax.vjp(
+            lambda tile, parameters, state: _chunk(problem, chunk.mask(), tile, parameters, state),
+            tile,
+            call.parameters,
+            state,
+        )
+        d_tile, d_own, d_state = pull_back((_take(d_o, chunk.start), d_state))
+        d_tokens = [_put(d, chunk, t) for d, t in zip(d_tokens, d_tile)]
+        d_parameters = jax.tree.map(jnp.add, d_parameters, d_own)
+        return (
+            d_tokens,
+            d_parameters,
+            _put_state(d_states, chunk.segment, chunk.first & mine, d_state),
+            d_state,
+        )
+
+    # A slot past the row's last segment hands its initial state through, so its cotangent goes the same way back.
+    d_tokens, d_parameters, d_states, _ = lax.fori_loop(
+        0,
+        call.schedule.count,
+        retreat,
+        (zeros(call.tokens), zeros(call.parameters), d_states, call.zero_state),
+    )
+    return call.gradients(d_tokens, d_parameters, d_states)
+
+
+class _Call:
+    """The operands of one call, resolved: padded tokens, gate parameters, states, and the schedule over them."""
+
+    def __init__(self, problem: Problem, operands):
+        self.problem = problem
+        named = problem.named(operands)
+        B, self.T, _, K = named["k"].shape
+        HV, V = named["v"].shape[2:]
+        dtype = _compute_dtype(named["v"].dtype)
+        self.empty = B * self.T * HV == 0
+        ids = named.get("segment_ids")
+        if not self.empty:
+            self.schedule = _segments.schedule(self.T, ids, problem.padding_segment_id)
+        # A chunk may start at any token of a packed row, and reads CHUNK rows from there.
+        self.padded_T = -(-self.T // CHUNK) * CHUNK + (0 if ids is None else CHUNK)
+        self.tokens = [_pad_tail(named[name], self.padded_T) for name in _TOKEN_OPERANDS]
+        self.parameters = {name: named[name] for name in ("A_log", "dt_bias") if name in named}
+        self.zero_state = jnp.zeros((B, HV, K, V), dtype)
+        self.initial_state = named.get("initial_state")
+        if self.initial_state is None:
+            self.initial_state = jnp.zeros((B, problem.max_segments, HV, K, V), dtype)
+
+    def gradients(self, d_tokens, d_parameters, d_states):
+        """All gradients in operand order, without the padding."""
+        named = dict(zip(_TOKEN_OPERANDS, (d[:, : self.T] for d in d_tokens)))
+        named.update(d_parameters, initial_state=d_states)
+        return tuple(named[name] for name in self.problem.differentiable_names)
+
+    def enter(self, chunk, state):
+        """The state a chunk starts from: its segment's initial state, or the one carried along."""
+        mine = _in_range(chunk, self.initial_state)
+        initial = jnp.where(_rows(mine, state), _take_state(self.initial_state, chunk.segment), 0)
+        return jnp.where(_rows(chunk.first, state), initial, state)
+
+    def leave(self, chunk, states, state):
+        """Final states, with `state` stored where the chunk ends a segment that has a slot."""
+        return _put_state(states, chunk.segment, chunk.last & _in_range(chunk, states), state)
+
+
+def _chunk(problem: Problem, mask, tile, parameters, state):
+    """One chunk of op.md section 1: its outputs [B, C, HV, V] and the state after it [B, HV, K, V]."""
+    dtype = state.dtype
+    precision = lax.Precision.DEFAULT if tile[2].dtype.itemsize == 2 else lax.Precision.HIGHEST
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    q, k, v, log_decay, beta = _inputs(problem, mask, tile, parameters, dtype)
+    A_qk, A_kk_inv, G, remaining = _intra_chunk(q, k, log_decay, beta, einsum)
+
+    decay = jnp.exp(G)
+    residual = beta[..., None] * (v - einsum("bhck,bhkv->bhcv", k * decay, state))
+    U = einsum("bhij,bhjv->bhiv", A_kk_inv, residual)
+    o = einsum("bhck,bhkv->bhcv", q * decay, state) + einsum("bhij,bhjv->bhiv", A_qk, U)
+    state = decay[..., -1, :, None] * state + einsum("bhck,bhcv->bhkv", k * jnp.exp(remaining), U)
+    return jnp.moveaxis(o, 1, 2).astype(tile[2].dtype), state
+
+
+def _inputs(problem: Problem, mask, tile, parameters, dtype):
+    """Masked, normalised, gated inputs of a chunk, [B, HV, C, ..]; q scaled, q and k repeated for their value heads.
+
+    Rows outside the chunk are selected away before anything touches them, and decay nothing.
+    """
+    q, k, v, g, beta = (jnp.where(_rows(mask, x), x, 0).astype(dtype) for x in tile)
+    if problem.qk_l2norm:
+        q, k = _l2norm(q), _l2norm(k)
+    log_decay = jnp.where(_rows(mask, g), _log_decay(problem, g, parameters, dtype), 0)
+    if problem.beta_is_logits:
+        beta = jax.nn.sigmoid(beta) * (2 if problem.allow_neg_eigval else 1)
+    group = v.shape[2] // k.shape[2]
+    heads_first = [jnp.moveaxis(x, 2, 1) for x in (q * problem.scale, k, v, log_decay, beta)]
+    heads_first[:2] = [jnp.repeat(x, group, axis=1) for x in heads_first[:2]]
+    return heads_first
+
+
+def _l2norm(x):
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)
+
+
+def _log_decay(problem: Problem, g, parameters, dtype):
+    """op.md section 1: the natural-log decay of the raw gate, at least MIN_LOG_DECAY."""
+    if problem.gate != "log_decay":
+        if "dt_bias" in parameters:
+            g = g + parameters["dt_bias"][:, None].astype(dtype)
+        amplitude = 1
+        if "A_log" in parameters:
+            amplitude = jnp.exp(parameters["A_log"].astype(dtype))[:, None, :, None]
+        if problem.gate == "softplus":
+            g = -amplitude * jax.nn.softplus(g)
+        else:
+            g = problem.gate_lower_bound * jax.nn.sigmoid(amplitude * g)
+    return jnp.where(
+        g > MIN_LOG_DECAY, g, MIN_LOG_DECAY
+    )  # a select: a clamped token has no gradient
+
+
+def _intra_chunk(q, k, log_decay, beta, einsum):
+    """A_qk [.., C, C], (I + A_kk)^-1 [.., C, C], and the log decay up to and after each token, [.., C, K] both.
+
+    Built bottom-up, blocks of m tokens merging into blocks of 2 m. The scores between the halves of a block meet at its
+    middle: rows carry the decay since there, columns the decay until there, so every exponent is a sum of log decays and
+    never positive, whatever the gate, and no difference of long sums is taken. The inverse merges along, as
+        [[X, 0], [C, Y]]^-1 = [[X^-1, 0], [-Y^-1 C X^-1, Y^-1]],
+    which is forward substitution by blocks and stays exact for keys of any correlation.
+    """
+    lead, C = k.shape[:-2], k.shape[-2]
+    merge = functools.partial(jnp.einsum, "...ij,...jk->...ik", precision=lax.Precision.HIGHEST)
+    until, after = (
+        log_decay,
+        jnp.zeros_like(log_decay),
+    )  # within the block: up to and with the token, and after it
+    A_qk = jnp.sum(q * k, axis=-1).reshape(*lead, C, 1, 1)
+    A_kk_inv = jnp.ones_like(A_qk)
+    m = 1
+    while m < C:
+        halves = lambda x: x.reshape(*lead, C // (2 * m), 2, m, x.shape[-1])
+        q2, (k1, k2) = halves(q)[..., 1, :, :], _unstack(halves(k))
+        until1, until2 = _unstack(halves(until))
+        after1, after2 = _unstack(halves(after))
+        since_middle = jnp.exp(until2)
+        rows = jnp.concatenate([q2 * since_middle, k2 * since_middle], axis=-2)
+        scores = einsum("...ik,...jk->...ij", rows, k1 * jnp.exp(after1))
+        A_kk = halves(beta[..., None])[..., 1, :, :] * scores[..., m:, :]
+
+        (qk1, qk2), (inv1, inv2) = (
+            _unstack(x.reshape(*lead, C // (2 * m), 2, m, m)) for x in (A_qk, A_kk_inv)
+        )
+        A_qk = _lower_blocks(qk1, scores[..., :m, :], qk2)
+        A_kk_inv = _lower_blocks(inv1, -merge(inv2, merge(A_kk, inv1)), inv2)
+        until = jnp.stack([until1, until1[..., -1:, :] + until2], axis=-3).reshape(log_decay.shape)
+        after = jnp.stack([after1 + until2[..., -1:, :], after2], axis=-3).reshape(log_decay.shape)
+        m *= 2
+    return A_qk.reshape(*lead, C, C), A_kk_inv.reshape(*lead, C, C), until, after
+
+
+def _unstack(x):
+    """The two halves [.., m, D] of each block of [.., 2, m, D]."""
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _lower_blocks(a, b, c):
+    """[[a, 0], [b, c]]"""
+    top = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([b, c], axis=-1)], axis=-2)
+
+
+def _compute_dtype(dtype):
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _rows(condition, x):
+    """`condition` [B] or [B, C] with trailing axes, to select whole rows of x."""
+    return condition.reshape(*condition.shape, *[1] * (x.ndim - condition.ndim))
+
+
+def _pad_tail(x, T):
+    return (
+        jnp.pad(x, [(0, 0), (0, T - x.shape[1])] + [(0, 0)] * (x.ndim - 2)) if T > x.shape[1] else x
+    )
+
+
+def _take(x, start):
+    """CHUNK tokens of x [B, T, ..] from `start` on: one number for each row, or one for all."""
+    if start.shape == (1,):
+        return lax.dynamic_slice_in_dim(x, start[0], CHUNK, axis=1)
+    return jax.vmap(lambda row, t: lax.dynamic_slice_in_dim(row, t, CHUNK))(x, start)
+
+
+def _put(x, chunk, tile):
+    """x [B, T, ..] with the chunk's tokens replaced by those of `tile`; its other rows belong to others."""
+    start = chunk.start
+    tile = jnp.where(_rows(chunk.mask(), tile), tile, _take(x, start))
+    if start.shape == (1,):
+        return lax.dynamic_update_slice_in_dim(x, tile, start[0], axis=1)
+    return jax.vmap(lambda row, t, new: lax.dynamic_update_slice_in_dim(row, new, t, 0))(
+        x, start, tile
+    )
+
+
+def _in_range(chunk, states):
+    return chunk.segment < states.shape[1]
+
+
+def _take_state(states, slot):
+    """states[b, slot[b]]; a slot out of range is clamped, for the caller to select away."""
+    if slot.shape == (1,):
+        return lax.dynamic_index_in_dim(states, slot[0], axis=1, keepdims=False)
+    return jax.vmap(lambda s, n: lax.dynamic_index_in_dim(s, n, keepdims=False))(states, slot)
+
+
+def _put_state(states, slot, condition, state):
+    """states with states[b, slot[b]] replaced where `condition` [B] holds."""
+    state = jnp.where(_rows(condition, state), state, _take_state(states, slot))
+    if slot.shape == (1,):
+        return lax.dynamic_update_index_in_dim(states, state, slot[0], axis=1)
+    return jax.vmap(lambda s, n, new: lax.dynamic_update_index_in_dim(s, new, n, 0))(
+        states, slot, state
+    )

@@ -1,0 +1,397 @@
+"""The public op: its signature, its validation, its documentation."""
+
+import math
+import numbers
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _support, _vjp
+from ._problem import Problem
+
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+_GATES = ("log_decay", "softplus", "bounded")
+_IMPLEMENTATIONS = ("cuda", "xla", None)
+
+
+def kimi_delta_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    *,
+    gate: Literal["log_decay", "softplus", "bounded"] = "log_decay",
+    A_log: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    gate_lower_bound: float = -5.0,
+    beta_is_logits: bool = False,
+    allow_neg_eigval: bool = False,
+    qk_l2norm: bool = False,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    padding_segment_id: int | None = 0,
+    max_segments: int | None = None,
+    return_final_state: bool = False,
+    residual_name: str | None = None,
+    implementation: Literal["cuda", "xla"] | None = None,
+):
+    """Kimi Delta Attention: linear attention with a delta rule and a decay per channel.
+
+    Per sequence and value head, with a state S [K, V] in fp32 and t = 1..T:
+
+        S <- Diag(exp(g_t)) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = scale S^T q_t
+
+    (Kimi Linear, arXiv 2510.26692, section 3.) Reverse-mode differentiable in every array argument, including the
+    cotangent of the final state. Value head h reads query/key head h // (HV // H).
+
+    **Arguments**
+
+    - `q`, `k`: [B, T, H, K]; bfloat16, float16, float32 or (on XLA) float64, one dtype with `v`.
+    - `v`: [B, T, HV, V], HV a multiple of H.
+    - `g`: [B, T, HV, K], any float dtype. The natural-log decay (<= 0), or the raw gate; see `gate`.
+    - `beta`: [B, T, HV], any float dtype. Write strength in [0, 1] (up to 2), or its logits.
+    - `gate`: what `g` is. "log_decay": used as it is. "softplus" (Kimi-Linear-48B):
+      g <- -exp(A_log) softplus(g + dt_bias). "bounded" (Kimi-K3, GLM-5.3-Flash):
+      g <- gate_lower_bound sigmoid(exp(A_log) (g + dt_bias)).
+    - `A_log`: [HV] float32; required by "softplus", optional for "bounded" (absent: unit amplitude).
+    - `dt_bias`: [HV, K] float32; optional for the raw gates (absent: zero).
+    - `gate_lower_bound`: nats per token, in [-5, 0); read by "bounded" alone.
+    - `beta_is_logits`: beta <- sigmoid(beta), or 2 sigmoid(beta) with `allow_neg_eigval`.
+    - `qk_l2norm`: q, k <- x / sqrt(sum x^2 + 1e-6).
+    - `scale`: a static number; K**-0.5 by default.
+    - `initial_state`: [B, HV, K, V], or [B, N, HV, K, V] with `segment_ids`; float32 (float64 with float64). Zero by
+      default.
+    - `segment_ids`: [B, T] int32 for packed rows. A segment is a maximal run of equal ids; states and gradients never
+      cross its borders. Tokens with a negative id or `padding_segment_id` are padding: zero output, no gradient.
+    - `padding_segment_id`: the id that marks padding; None makes 0 an ordinary id.
+    - `max_segments`: N, how many segment states a row carries (default: that of `initial_state`). The n-th segment of a
+      row has slot n; segments beyond N start from zero and their states are dropped.
+    - `return_final_state`: also return the state after the last token of each segment.
+    - `residual_name`: names what the backward needs, and the output, for `jax.checkpoint` policies:
+      `save_only_these_names(residual_name)` then recomputes nothing of the op.
+    - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the kernels on an NVIDIA GPU
+      that they support, XLA elsewhere. Chosen when the program is lowered for a platform.
+
+    **Returns** o [B, T, HV, V] in v's dtype, or (o, final_state), final_state shaped like `initial_state`. Slots past a
+    row's last segment return their initial state (or zero).
+
+    **Raises** ValueError or TypeError while tracing, listing every mismatch of the call. NotImplementedError where
+    `implementation="cuda"` cannot run the call. Forward mode and second derivatives raise.
+
+    **Numerics** State and accumulation are fp32; (I + A_kk)^-1 is exact substitution, so repeated and correlated keys
+    are safe, as is a gate of -inf (a reset). Log decays below -110 count as -110, which is 0 in fp32, and get no
+    gradient. A positive log decay is not refused; its accuracy is not promised.
+
+    **Determinism** Bitwise, forward and backward. A segment's results are bitwise those it has alone.
+    """
+    problem, operands = _resolve(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        gate=gate,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        gate_lower_bound=gate_lower_bound,
+        beta_is_logits=beta_is_logits,
+        allow_neg_eigval=allow_neg_eigval,
+        qk_l2norm=qk_l2norm,
+        scale=scale,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        padding_segment_id=padding_segment_id,
+        max_segments=max_segments,
+        return_final_state=return_final_state,
+        residual_name=residual_name,
+        implementation=implementation,
+    )
+    named = {name: _strong(x) for name, x in operands.items()}
+    # One row of gate parameters per batch row: their gradients then leave the op unsummed, and the sum over rows, with
+    # whatever collective it takes, is the transpose of this broadcast.
+    for name in ("A_log", "dt_bias"):
+        if name in named:
+            named[name] = jnp.broadcast_to(named[name], (q.shape[0], *named[name].shape))
+    if initial_state is not None and segment_ids is None:
+        named["initial_state"] = named["initial_state"][:, None]
+    results = _vjp.attend(problem, *(named[name] for name in problem.operand_names))
+    if not return_final_state:
+        return results[0]
+    o, final_state = results
+    return o, final_state if segment_ids is not None else final_state[:, 0]
+
+
+def supported(q, k, v, g, beta, *, compute_capability: str | None = None, **options) -> str | None:
+    """None if `implementation="cuda"` can run this call, or the reasons why it cannot.
+
+    **Arguments**: those of `kimi_delta_attention` (arrays or `jax.ShapeDtypeStruct`), and `compute_capability`, such as
+    "9.0"; by default that of all local CUDA devices, or with none the architectures the kernels were built for.
+
+    **Raises** ValueError or TypeError for a call that no implementation accepts.
+    """
+    problem, operands = _resolve(q, k, v, g, beta, **options)
+    avals = [
+        jax.ShapeDtypeStruct(operands[name].shape, operands[name].dtype)
+        for name in problem.operand_names
+    ]
+    return "; ".join(_support.unsupported_reasons(problem, avals, compute_capability)) or None
+
+
+def _resolve(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    *,
+    gate="log_decay",
+    A_log=None,
+    dt_bias=None,
+    gate_lower_bound=-5.0,
+    beta_is_logits=False,
+    allow_neg_eigval=False,
+    qk_l2norm=False,
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+    padding_segment_id=0,
+    max_segments=None,
+    return_final_state=False,
+    residual_name=None,
+    implementation=None,
+) -> tuple[Problem, dict[str, Any]]:
+    """The call's Problem and its present array arguments by name, after checking all of it."""
+    arrays = dict(q=q, k=k, v=v, g=g, beta=beta)
+    optional = dict(
+        A_log=A_log, dt_bias=dt_bias, initial_state=initial_state, segment_ids=segment_ids
+    )
+    arrays.update({name: x for name, x in optional.items() if x is not None})
+    _check_are_arrays(arrays)
+    errors = _Errors()
+    errors.check(
+        gate in _GATES, f"gate: got {gate!r}; one of {', '.join(map(repr, _GATES))} is accepted"
+    )
+    errors.check(
+        implementation in _IMPLEMENTATIONS,
+        f"implementation: got {implementation!r}; 'cuda', 'xla' or None is accepted",
+    )
+    for name, x in (
+        ("beta_is_logits", beta_is_logits),
+        ("allow_neg_eigval", allow_neg_eigval),
+        ("qk_l2norm", qk_l2norm),
+        ("return_final_state", return_final_state),
+    ):
+        errors.check_type(
+            isinstance(x, bool | np.bool_), f"{name}: got {x!r}; True or False is accepted"
+        )
+    errors.check(
+        beta_is_logits or not allow_neg_eigval,
+        "allow_neg_eigval: got True with beta_is_logits=False; it doubles the sigmoid of beta logits, so pass "
+        "beta_is_logits=True, or a beta in [0, 2] without it",
+    )
+    errors.check_type(
+        residual_name is None or isinstance(residual_name, str),
+        f"residual_name: got {residual_name!r}; a string or None is accepted",
+    )
+    if errors.check_type(
+        padding_segment_id is None or _is_int(padding_segment_id),
+        f"padding_segment_id: got {padding_segment_id!r}; an int or None is accepted",
+    ):
+        errors.check(
+            padding_segment_id is None or -(2**31) <= padding_segment_id < 2**31,
+            f"padding_segment_id: got {padding_segment_id}; segment_ids are int32, so an int32 value is accepted",
+        )
+    scale = _check_scale(errors, scale, k)
+    if gate == "bounded":
+        bound_is_number = isinstance(gate_lower_bound, numbers.Real)
+        if errors.check_type(
+            bound_is_number, f"gate_lower_bound: got {gate_lower_bound!r}; a number is accepted"
+        ):
+            errors.check(
+                -5 <= gate_lower_bound < 0,
+                f"gate_lower_bound: got {gate_lower_bound}; a value in [-5, 0) is accepted",
+            )
+    if gate in _GATES:
+        _check_gate_parameters(errors, gate, A_log, dt_bias)
+    _check_dtypes(errors, arrays)
+    N = _check_shapes(errors, arrays, max_segments, return_final_state)
+    errors.raise_if_any()
+    problem = Problem(
+        gate=gate,
+        gate_lower_bound=float(gate_lower_bound) if gate == "bounded" else -5.0,
+        beta_is_logits=bool(beta_is_logits),
+        allow_neg_eigval=bool(allow_neg_eigval),
+        qk_l2norm=bool(qk_l2norm),
+        scale=scale,
+        padding_segment_id=None if padding_segment_id is None else int(padding_segment_id),
+        max_segments=N,
+        return_final_state=bool(return_final_state),
+        residual_name=residual_name,
+        implementation=implementation,
+        **{f"has_{name}": name in arrays for name in optional},
+    )
+    return problem, arrays
+
+
+class _Errors:
+    """Collects every mismatch of a call, so that one attempt shows them all."""
+
+    def __init__(self):
+        self.messages, self.only_types = [], True
+
+    def check(self, ok, message) -> bool:
+        if not ok:
+            self.messages.append(message)
+            self.only_types = False
+        return bool(ok)
+
+    def check_type(self, ok, message) -> bool:
+        if not ok:
+            self.messages.append(message)
+        return bool(ok)
+
+    def raise_if_any(self):
+        if self.messages:
+            kind = TypeError if self.only_types else ValueError
+            raise kind("kimi_delta_attention:\n  " + "\n  ".join(self.messages))
+
+
+def _check_are_arrays(arrays):
+    bad = [f"{name}: got {type(x).__name__}" for name, x in arrays.items() if not _is_array(x)]
+    if bad:
+        raise TypeError(
+            "kimi_delta_attention:\n  " + "\n  ".join(f"{b}; an array is accepted" for b in bad)
+        )
+
+
+def _is_array(x):
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _is_int(x):
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _check_scale(errors, scale, k):
+    if scale is None:
+        return k.shape[-1] ** -0.5 if k.ndim and k.shape[-1] else 1.0
+    if not errors.check_type(
+        isinstance(scale, numbers.Real) and not isinstance(scale, bool),
+        f"scale: got {type(scale).__name__}; a static Python number or None (K**-0.5) is accepted",
+    ):
+        return 1.0
+    errors.check(math.isfinite(scale), f"scale: got {scale}; a finite number is accepted")
+    return float(scale)
+
+
+def _check_gate_parameters(errors, gate, A_log, dt_bias):
+    if gate == "softplus":
+        errors.check(
+            A_log is not None, "A_log: got None with gate='softplus', which needs it: [HV] float32"
+        )
+    if gate == "log_decay":
+        for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+            errors.check(
+                x is None,
+                f"{name}: got an array with gate='log_decay', which uses g as it is; leave it out, or pass the raw gate "
+                "with gate='softplus' or 'bounded'",
+            )
+
+
+def _check_dtypes(errors, arrays):
+    names = {name: np.dtype(x.dtype).name for name, x in arrays.items()}
+    for name in ("q", "k", "v", "g", "beta"):
+        errors.check_type(
+            names[name] in _FLOATS,
+            f"{name}: got dtype {names[name]}; one of {', '.join(_FLOATS)} is accepted",
+        )
+    errors.check_type(
+        names["q"] == names["k"] == names["v"],
+        f"q, k, v: got dtypes {names['q']}, {names['k']}, {names['v']}; one dtype for all three is accepted",
+    )
+    state = "float64" if names["v"] == "float64" else "float32"
+    accepted = dict(A_log="float32", dt_bias="float32", initial_state=state, segment_ids="int32")
+    for name in accepted.keys() & names.keys():
+        errors.check_type(
+            names[name] == accepted[name],
+            f"{name}: got dtype {names[name]}; {accepted[name]} is accepted"
+            + (f" (v is {names['v']})" if name == "initial_state" else ""),
+        )
+
+
+def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
+    """Checks all shapes against those of k and v; returns N, the state slots of a row."""
+    packed = "segment_ids" in arrays
+    given = max_segments is not None
+    if given and errors.check_type(
+        _is_int(max_segments), f"max_segments: got {max_segments!r}; an int is accepted"
+    ):
+        errors.check(max_segments >= 1, f"max_segments: got {max_segments}; at least 1 is accepted")
+        errors.check(
+            packed,
+            "max_segments: got a value without segment_ids, where each row is one segment; leave it out",
+        )
+    errors.check(
+        given or not (packed and return_final_state) or "initial_state" in arrays,
+        "return_final_state: got True with segment_ids, but neither max_segments nor initial_state says how many segment "
+        "states a row carries; pass max_segments",
+    )
+    known = all(
+        errors.check(
+            arrays[name].ndim == 4,
+            f"{name}: got shape {arrays[name].shape}; [B, T, {heads}] is accepted",
+        )
+        for name, heads in (("k", "H, K"), ("v", "HV, V"))
+    )
+    if not known:
+        return 1
+    B, T, H, K = arrays["k"].shape
+    HV, V = arrays["v"].shape[2:]
+    errors.check(
+        min(H, K, HV, V) >= 1,
+        f"k, v: got H={H}, K={K}, HV={HV}, V={V}; each at least 1 is accepted",
+    )
+    errors.check(
+        H >= 1 and HV % H == 0,
+        f"v: got {HV} value heads for {H} query/key heads; a multiple of {H} is accepted",
+    )
+    state = arrays.get("initial_state")
+    N = max_segments if given else 1
+    if packed and state is not None and state.ndim == 5:
+        errors.check(
+            not given or state.shape[1] == max_segments,
+            f"max_segments: got {max_segments}, but initial_state has {state.shape[1]} slots a row; leave it out or agree",
+        )
+        errors.check(
+            state.shape[1] >= 1, "initial_state: got no slots, N = 0; N at least 1 is accepted"
+        )
+        N = state.shape[1]
+    shapes = dict(
+        q=(("B, T, H, K"), (B, T, H, K)),
+        v=(("B, T, HV, V"), (B, T, HV, V)),
+        g=(("B, T, HV, K"), (B, T, HV, K)),
+        beta=(("B, T, HV"), (B, T, HV)),
+        A_log=("HV", (HV,)),
+        dt_bias=("HV, K", (HV, K)),
+        initial_state=("B, N, HV, K, V", (B, N, HV, K, V))
+        if packed
+        else ("B, HV, K, V", (B, HV, K, V)),
+        segment_ids=("B, T", (B, T)),
+    )
+    for name in shapes.keys() & arrays.keys():
+        letters, accepted = shapes[name]
+        errors.check(
+            arrays[name].shape == accepted,
+            f"{name}: got shape {tuple(arrays[name].shape)}; {accepted} = [{letters}] is accepted"
+            + (" with segment_ids" if name == "initial_state" and packed else ""),
+        )
+    return N
+
+
+def _strong(x):
+    """x as a JAX array without weak type: the op promotes nothing."""
+    return jax.lax.convert_element_type(x, jax.dtypes.canonicalize_dtype(x.dtype))

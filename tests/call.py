@@ -1,0 +1,60 @@
+"""Runs the public op on a case, the way every test does."""
+
+import functools
+
+import cases
+import jax
+
+from jax_flashkda import kimi_delta_attention
+
+
+def for_implementation(case, implementation):
+    """The case as `implementation` can run it: the kernels take head dims of 128 and 16-bit inputs."""
+    if implementation == "cuda":
+        dtype = "bfloat16" if case.dtype == "float32" else case.dtype
+        return cases.dataclasses.replace(case, K=128, V=128, dtype=dtype)
+    return case
+
+
+@functools.lru_cache(maxsize=None)
+def _program(static, gradients, options, implementation):
+    """One compiled program per set of static arguments; shapes are jit's business."""
+
+    def attend(arrays):
+        arguments = [arrays[name] for name in ("q", "k", "v", "g", "beta")]
+        rest = {name: x for name, x in arrays.items() if name not in ("q", "k", "v", "g", "beta")}
+        return kimi_delta_attention(
+            *arguments, **rest, **dict(options), implementation=implementation
+        )
+
+    if not gradients:
+        return jax.jit(attend)
+
+    def run(arrays, cotangents):
+        floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
+        ids = {name: x for name, x in arrays.items() if name == "segment_ids"}
+        results, pull_back = jax.vjp(lambda floats: attend(floats | ids), floats)
+        return results, pull_back(cotangents)[0]
+
+    return jax.jit(run)
+
+
+def run(case, implementation, gradients=True, arrays=None, cotangents=None):
+    """o, final_state (if asked for) and the gradients by name."""
+    from oracle import GRADIENTS
+
+    arrays = case.arrays() if arrays is None else arrays
+    options = {
+        name: x for name, x in case.options.items() if x is not None or name == "padding_segment_id"
+    }
+    program = _program(
+        tuple(sorted(arrays)), gradients, tuple(sorted(options.items())), implementation
+    )
+    if gradients:
+        cotangents = case.cotangents() if cotangents is None else cotangents
+        results, d = program(arrays, cotangents)
+    else:
+        results, d = program(arrays), {}
+    results = results if case.final_state else (results,)
+    got = dict(zip(("o", "final_state"), results, strict=False))
+    return got | {GRADIENTS[name]: x for name, x in d.items()}

@@ -1,0 +1,252 @@
+"""Truth, peer, and the measure of error: the only home of tolerances.
+
+Truth is the token recurrence in float64, the peer the chunked form with its 16-bit rounding points (`reference.py`).
+Both see one segment at a time, cut out of the packed rows with indices computed here by definition. Nothing in this
+file imports the op.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import runs
+
+from jax_flashkda import reference
+
+# Section 4 of the contract: error <= PEER_FACTOR x the peer's, with a floor of two roundings of the output.
+PEER_FACTOR = 2
+BLOCK = 64
+# For random keys and beta <= 1 also, relative RMS over the whole tensor.
+CAPS_16_BIT = dict(
+    o=0.007, final_state=0.007, dq=0.008, dk=0.008, dv=0.008, d_initial_state=0.008, dg=0.015, d_beta=0.015
+)  # fmt: skip
+CAP_FP32 = 1e-5
+
+GRADIENTS = dict(
+    q="dq",
+    k="dk",
+    v="dv",
+    g="dg",
+    beta="d_beta",
+    A_log="dA_log",
+    dt_bias="d_dt_bias",
+    initial_state="d_initial_state",
+)
+
+
+def check(case, got):
+    """Asserts that `got` (o, final_state and gradients by name) is as accurate as promised for `case`."""
+    gradients = any(name in got for name in GRADIENTS.values())
+    truth, peer = evaluate(case, "truth", gradients), evaluate(case, "peer", gradients)
+    failures = []
+    for name, value in got.items():
+        failures += compare(case, name, np.asarray(value), truth, peer)
+    assert not failures, f"{case}\n" + "\n".join(failures)
+
+
+def compare(case, name, value, truth, peer):
+    """The ways in which one result falls short; empty if it does not."""
+    true, near = truth[name], peer[name]
+    value_dtype = value.dtype
+    value = value.astype(np.float64)
+    if value.shape != true.shape:
+        return [f"{name}: shape {value.shape}, truth has {true.shape}"]
+    if not np.isfinite(value).all():
+        return [
+            f"{name}: {np.sum(~np.isfinite(value))} values are not finite, first at {_first(~np.isfinite(value))}"
+        ]
+    if not value.size:
+        return []
+    if not true.any():
+        return [f"{name}: truth is all zero, and this is not"] if value.any() else []
+    error, allowed, scale = (_blocks(name, x) for x in (value - true, near - true, true))
+    rms = lambda x: np.sqrt(np.mean(x**2, axis=-1))
+    if name in ("dA_log", "d_dt_bias"):
+        # A sum over tokens may cancel: what counts is its error against the size of its summands.
+        size = np.sqrt(np.sum(truth[f"{name}_summands"] ** 2, axis=(0, 1)))
+        floor = 2 * float(jnp.finfo(value_dtype).eps) * np.max(size)
+    else:
+        floor = 2 * float(jnp.finfo(value_dtype).eps) * np.max(np.abs(scale), axis=-1)
+    limit = PEER_FACTOR * np.maximum(rms(allowed), np.sqrt(np.mean((near - true) ** 2))) + floor
+    over = rms(error) / limit
+    failures = []
+    if np.max(over) > 1:
+        where = _first(over == np.max(over))
+        failures.append(
+            f"{name}: {np.sum(over > 1)} of {over.size} blocks over the limit, worst {where} (batch, head, block): "
+            f"rms error {rms(error)[where]:.2e}, limit {limit[where]:.2e}, peer {rms(allowed)[where]:.2e}"
+        )
+    relative = np.sqrt(np.mean((value - true) ** 2) / np.mean(true**2))
+    cap = _cap(case, name)
+    if relative > cap:
+        failures.append(
+            f"{name}: relative rms error {relative:.2e} over the whole tensor, cap {cap:.2e}"
+        )
+    return failures
+
+
+def _cap(case, name):
+    well_conditioned = case.keys == "random" and case.beta == "random" and case.decay == "random"
+    if not well_conditioned or case.allow_neg_eigval or name in ("dA_log", "d_dt_bias"):
+        return np.inf
+    return CAP_FP32 if case.dtype == "float32" else CAPS_16_BIT[name]
+
+
+def _blocks(name, x):
+    """x as [.., values], one row per (batch, head, 64 tokens), per (batch, .., head) of a state, or whole."""
+    if name in ("dA_log", "d_dt_bias"):
+        return x.reshape(1, -1)
+    if name in ("final_state", "d_initial_state"):
+        return x.reshape(*x.shape[:-2], -1)
+    x = x.reshape(*x.shape[:3], -1)
+    B, T, H, D = x.shape
+    # The last block may be short; zeros would dilute its mean, so it borrows the tokens before it.
+    starts = np.minimum(np.arange(0, T, BLOCK), max(T - BLOCK, 0))
+    tokens = starts[:, None] + np.arange(min(BLOCK, T))
+    blocks = x[:, tokens]  # [B, M, 64, H, D]
+    own = (tokens >= np.arange(0, T, BLOCK)[:, None])[None, :, :, None, None]
+    count = own.sum(axis=2, keepdims=True)
+    blocks = np.where(own, blocks, 0) * np.sqrt(blocks.shape[2] / count)
+    return np.moveaxis(blocks, 3, 1).reshape(B, H, len(starts), -1)
+
+
+def _first(mask):
+    return tuple(int(i) for i in np.argwhere(mask)[0])
+
+
+def evaluate(case, kind, gradients=True):
+    """o, final_state and all gradients of a case by name in float64, from the recurrence ("truth") or the "peer"."""
+    return _evaluate(case, kind, gradients)
+
+
+@functools.lru_cache(maxsize=4)
+def _evaluate(case, kind, gradients):
+    arrays = {
+        name: np.asarray(x, np.float64)
+        for name, x in case.arrays().items()
+        if name != "segment_ids"
+    }
+    cotangents = case.cotangents()
+    d_o, d_final = cotangents if case.final_state else (cotangents, None)
+    d_o = np.asarray(d_o, np.float64)
+    state_shape = (case.B, case.N, case.HV, case.K, case.V)
+    initial = arrays.pop("initial_state", np.zeros(state_shape)).reshape(state_shape)
+    d_final = (
+        np.zeros(state_shape)
+        if d_final is None
+        else np.asarray(d_final, np.float64).reshape(state_shape)
+    )
+
+    results = dict(o=np.zeros(d_o.shape), final_state=initial.copy())
+    tokens = {name: x for name, x in arrays.items() if name not in ("A_log", "dt_bias")}
+    results |= {GRADIENTS[name]: np.zeros(x.shape) for name, x in arrays.items()}
+    results["d_initial_state"] = d_final.copy()
+
+    ids = np.ones((case.B, case.T), np.int32) if case.ids is None else case.ids
+    segments = [
+        (b, n, t, length)
+        for b in range(case.B)
+        for n, (t, length) in enumerate(runs(ids[b], case.padding_segment_id))
+    ]
+    if segments:
+        # All segments side by side, each padded to one length with inert tokens, in a few sizes: a few compilations.
+        S, length = _bucket(len(segments)), _bucket(max(s[3] for s in segments), least=BLOCK)
+        row, slot, start, lengths = (
+            np.array(x + (0,) * (S - len(segments))) for x in zip(*segments)
+        )
+        index = (row[:, None], np.minimum(start[:, None] + np.arange(length), case.T - 1))
+        valid = np.arange(length) < lengths[:, None]
+        has_slot = (slot < case.N) & (lengths > 0)
+        cut = lambda x: np.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x[index], 0)
+        at_slot = lambda x: np.where(
+            has_slot[:, None, None, None], x[row, np.minimum(slot, case.N - 1)], 0
+        )
+        inputs = {name: cut(x) for name, x in tokens.items()}
+        inputs |= {name: arrays[name] for name in ("A_log", "dt_bias") if name in arrays}
+        options = {name: x for name, x in case.options.items() if name in _REFERENCE_OPTIONS}
+        with jax.enable_x64(True):
+            run = _program(kind, case.dtype, gradients, tuple(sorted(options.items())))
+            out = run(inputs, at_slot(initial), valid, cut(d_o), at_slot(d_final))
+            out = {name: np.asarray(x, np.float64) for name, x in out.items()}
+        for s, (b, n, t, length) in enumerate(segments):
+            for name in results.keys() & out.keys():
+                if name in ("final_state", "d_initial_state"):
+                    if n < case.N:
+                        results[name][b, n] = out[name][s]
+                elif name not in ("dA_log", "d_dt_bias"):
+                    results[name][b, t : t + length] = out[name][s, :length]
+        results |= {name: out[name] for name in out if name.startswith(("dA_log", "d_dt_bias"))}
+    for name in ("dA_log", "d_dt_bias"):
+        if name in results:
+            results.setdefault(f"{name}_summands", results[name][None, None])
+    if case.segment_ids is None:
+        for name in ("final_state", "d_initial_state"):
+            results[name] = results[name][:, 0]
+    return results
+
+
+_REFERENCE_OPTIONS = (
+    "gate",
+    "gate_lower_bound",
+    "beta_is_logits",
+    "allow_neg_eigval",
+    "qk_l2norm",
+    "scale",
+)
+
+_COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+def _bucket(n, least=1):
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.cache
+def _program(kind, dtype, gradients, options):
+    """The compiled reference of one kind: results and gradients by name, for segments side by side."""
+    options = dict(options)
+    if kind == "truth":
+        work_dtype, reference_fn = (
+            jnp.float64,
+            functools.partial(reference.recurrent, dtype=jnp.float64),
+        )
+    else:
+        # fp16 inputs use bf16 for every decayed operand, so bf16 is their peer.
+        operand_dtype = jnp.float32 if dtype == "float32" else jnp.bfloat16
+        work_dtype, reference_fn = (
+            jnp.float32,
+            functools.partial(reference.chunked, operand_dtype=operand_dtype),
+        )
+
+    def run(inputs, initial, valid, d_o, d_final):
+        cast = functools.partial(jax.tree.map, lambda x: x.astype(work_dtype))
+        S, T = valid.shape
+        inputs = cast(dict(inputs, initial_state=initial))
+        if (
+            kind == "truth"
+        ):  # a copy of the gate parameters for each token shows the summands of their gradients
+            for name in ("A_log", "dt_bias"):
+                if name in inputs:
+                    inputs[name] = jnp.broadcast_to(inputs[name], (S, T, *inputs[name].shape))
+
+        def attend(inputs):
+            arguments = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
+            rest = {name: inputs[name] for name in inputs.keys() - {"q", "k", "v", "g", "beta"}}
+            return reference_fn(*arguments, valid=valid, **rest, **options)
+
+        if not gradients:
+            o, final_state = attend(inputs)
+            return dict(o=o, final_state=final_state)
+        (o, final_state), pull_back = jax.vjp(attend, inputs)
+        (d,) = pull_back(cast((d_o, d_final)))
+        out = dict(o=o, final_state=final_state, **{GRADIENTS[name]: x for name, x in d.items()})
+        if kind == "truth":
+            for name in ("dA_log", "d_dt_bias"):
+                if name in out:
+                    out[f"{name}_summands"] = out[name]
+                    out[name] = jnp.sum(out[name], axis=(0, 1))
+        return out
+
+    # Tokens are few and programs many: compile quickly rather than well.
+    return jax.jit(run, compiler_options=_COMPILE_QUICKLY)

@@ -58,22 +58,22 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    settings, _ = _split(config_settings)
+    settings, _ = _resolve(config_settings)
     return _skbuild.prepare_metadata_for_build_wheel(metadata_directory, settings)
 
 
 def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
-    settings, _ = _split(config_settings)
+    settings, _ = _resolve(config_settings)
     return _skbuild.prepare_metadata_for_build_editable(metadata_directory, settings)
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    settings = _prepare(config_settings)
+    settings = _resolve_and_record(config_settings)
     return _skbuild.build_wheel(wheel_directory, settings, metadata_directory)
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    settings = _prepare(config_settings)
+    settings = _resolve_and_record(config_settings)
     return _skbuild.build_editable(wheel_directory, settings, metadata_directory)
 
 
@@ -95,8 +95,8 @@ def _requires(skbuild_requires, config_settings):
 PURE = {"wheel.cmake": "false", "wheel.py-api": "py3", "wheel.platlib": "false"}
 
 
-def _prepare(config_settings):
-    """Writes _build_info.py's template and returns the settings for scikit-build-core."""
+def _resolve(config_settings):
+    """Settings for scikit-build-core, and why they make a pure wheel (None if they do not)."""
     settings, cuda = _split(config_settings)
     reason = None
     if cuda.endswith(".a"):
@@ -111,6 +111,12 @@ def _prepare(config_settings):
             settings["cmake.define.CMAKE_CUDA_COMPILER"] = nvcc
             if cuda == "package-index":
                 settings |= _toolkit_of_packages(Path(nvcc).parent.parent)
+    return settings, reason
+
+
+def _resolve_and_record(config_settings):
+    """Settings for scikit-build-core, once what becomes _build_info.py is written."""
+    settings, reason = _resolve(config_settings)
     template = Path("build/_build_info.py")
     template.parent.mkdir(exist_ok=True)
     escaped = repr(reason).replace("$", "$$")  # scikit-build-core substitutes $names

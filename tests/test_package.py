@@ -229,7 +229,8 @@ def pure_wheel(tmp_path_factory):
         "settings = {'cuda': 'off'}\n"
         "needed = ' '.join(flashkda_backend.get_requires_for_build_wheel(settings))\n"
         "assert not any(name in needed for name in ('jaxlib', 'nanobind', 'nvidia', 'cmake'))\n"
-        "flashkda_backend.build_wheel(sys.argv[2], settings)\n"
+        "metadata = flashkda_backend.prepare_metadata_for_build_wheel(sys.argv[2], settings)\n"
+        "flashkda_backend.build_wheel(sys.argv[2], settings, os.path.join(sys.argv[2], metadata))\n"
     )
     run_python(code, source, folder, PATH="")  # no compiler of any kind is needed
     (wheel,) = folder.glob("*.whl")

@@ -12,71 +12,54 @@ inline constexpr int kTileBytes = 4096;   // 16 rows of 128 bf16: a factor tile
 // 16-byte piece of a row of a factor tile; eight consecutive rows fall into different banks.
 __device__ __forceinline__ uint32_t tile_offset(int row, int piece) { return row * 256 + ((piece ^ (row & 7)) << 4); }
 
-// acc[x][y] += tiles x[16 x 128] times tiles y[16 x 128] transposed. acc[x][y][n] is the n-th half (8 columns) of the block.
-template <int X, int Y>
-__device__ __forceinline__ void score_blocks(float (&acc)[X][Y][2][4], const uint32_t (&x_tiles)[X], const uint32_t (&y_tiles)[Y],
-                                             int lane) {
-  const int row = lane & 15;
+// acc[n] += n-th eight columns of tiles x[16 x 128] times y[16 x 128] transposed.
+__device__ __forceinline__ void score_block(float (&acc)[2][4], uint32_t x_tile, uint32_t y_tile, int lane) {
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
-    const uint32_t offset = tile_offset(row, 2 * step + (lane >> 4));
-    uint32_t x[X][4], y[Y][4];
-#pragma unroll
-    for (int i = 0; i < X; ++i) load_matrices(x[i], x_tiles[i] + offset);
-#pragma unroll
-    for (int j = 0; j < Y; ++j) load_matrices(y[j], y_tiles[j] + offset);
-#pragma unroll
-    for (int i = 0; i < X; ++i)
-#pragma unroll
-      for (int j = 0; j < Y; ++j) {
-        mma_bf16(acc[i][j][0], x[i], y[j][0], y[j][2]);
-        mma_bf16(acc[i][j][1], x[i], y[j][1], y[j][3]);
-      }
+    const uint32_t offset = tile_offset(lane & 15, 2 * step + (lane >> 4));
+    uint32_t x[4], y[4];
+    load_matrices(x, x_tile + offset);
+    load_matrices(y, y_tile + offset);
+    mma_bf16(acc[0], x, y[0], y[2]);
+    mma_bf16(acc[1], x, y[1], y[3]);
   }
 }
 
-// A diagonal block whose decay spans more than one reference point can carry: each pair of tokens gets its own exponent,
-// always <= 0 where it is kept (i >= j). A warp; lane owns channels 4 lane .. 4 lane + 3 of all 16 rows, and gets back the
-// same elements of the block that a matrix product would give it. scratch: 12 KB of the warp's own.
-__device__ __forceinline__ void pairwise_scores(float (&acc_q)[2][4], float (&acc_k)[2][4], const uint2 (&q)[16],
-                                                const uint2 (&k)[16], const float* q_norms, const float* k_norms,
-                                                const float (&log2_decay_cumsum)[16][4], float* scratch, int lane) {
-  float* s_q = scratch;
-  float* s_k = scratch + 16 * 64;
-  float* s_decay = scratch + 2 * 16 * 64;
-  auto at = [](int row, int channel) { return row * 64 + (((channel >> 2) ^ row) << 2) + (channel & 3); };
+// The same for eight rows of y alone: columns 8 half .. 8 half + 7.
+__device__ __forceinline__ void score_half_block(float (&acc)[4], uint32_t x_tile, uint32_t y_tile, int half, int lane) {
+#pragma unroll
+  for (int step = 0; step < 8; step += 2) {
+    uint32_t x0[4], x1[4], y[4];
+    load_matrices(x0, x_tile + tile_offset(lane & 15, 2 * step + (lane >> 4)));
+    load_matrices(x1, x_tile + tile_offset(lane & 15, 2 * step + 2 + (lane >> 4)));
+    load_matrices(y, y_tile + tile_offset(8 * half + (lane & 7), 2 * step + (lane >> 3)));
+    mma_bf16(acc, x0, y[0], y[1]);
+    mma_bf16(acc, x1, y[2], y[3]);
+  }
+}
+
+// Scratch of a diagonal block whose decay spans more than one reference point can carry: 64 channels of 16 tokens at a time.
+struct PairwiseScratch {
+  float q[16 * 64];
+  float k[16 * 64];
+  float log2_decay_cumsum[16 * 64];  // from the block's start
+};
+__device__ __forceinline__ int pairwise_at(int row, int channel) { return row * 64 + (((channel >> 2) ^ row) << 2) + (channel & 3); }
+
+// Adds those channels: each pair of tokens gets its own exponent, <= 0 where it is kept (i >= j). x is q or k of the scratch.
+// A warp; its lanes hold the elements of the block that a matrix product would give them.
+__device__ __forceinline__ void add_pairwise_scores(float (&acc)[2][4], const PairwiseScratch& s, const float* x, int lane) {
   const int row = lane >> 2, column = 2 * (lane & 3);
 #pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    __syncwarp();
-    if ((lane >> 4) == half) {
+  for (int channel = 0; channel < 64; ++channel) {
 #pragma unroll
-      for (int r = 0; r < 16; ++r) {
-        const int to = at(r, 4 * (lane & 15));
-        const float a = q_norms[r], b = k_norms[r];
-        *reinterpret_cast<float4*>(s_q + to) =
-            make_float4(a * bf16_low(q[r].x), a * bf16_high(q[r].x), a * bf16_low(q[r].y), a * bf16_high(q[r].y));
-        *reinterpret_cast<float4*>(s_k + to) =
-            make_float4(b * bf16_low(k[r].x), b * bf16_high(k[r].x), b * bf16_low(k[r].y), b * bf16_high(k[r].y));
-        *reinterpret_cast<float4*>(s_decay + to) = make_float4(log2_decay_cumsum[r][0], log2_decay_cumsum[r][1],
-                                                              log2_decay_cumsum[r][2], log2_decay_cumsum[r][3]);
-      }
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int channel = 0; channel < 64; ++channel) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int i = row + 8 * ((e >> 1) & 1), j = column + 8 * (e >> 2) + (e & 1);
-        const float decayed_k = s_k[at(j, channel)] * exp2_fast(s_decay[at(i, channel)] - s_decay[at(j, channel)]);
-        if (i >= j) {
-          acc_q[e >> 2][e & 3] = fmaf(s_q[at(i, channel)], decayed_k, acc_q[e >> 2][e & 3]);
-          acc_k[e >> 2][e & 3] = fmaf(s_k[at(i, channel)], decayed_k, acc_k[e >> 2][e & 3]);
-        }
-      }
+    for (int e = 0; e < 8; ++e) {
+      const int i = row + 8 * ((e >> 1) & 1), j = column + 8 * (e >> 2) + (e & 1);
+      const int at_i = pairwise_at(i, channel), at_j = pairwise_at(j, channel);
+      const float decayed_k = s.k[at_j] * exp2_fast(s.log2_decay_cumsum[at_i] - s.log2_decay_cumsum[at_j]);
+      if (i >= j) acc[e >> 2][e & 3] = fmaf(x[at_i], decayed_k, acc[e >> 2][e & 3]);
     }
   }
-  __syncwarp();
 }
 
 }  // namespace jax_flashkda

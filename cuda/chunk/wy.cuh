@@ -57,10 +57,10 @@ __device__ __forceinline__ void store_block(float* s, const float (&c)[4], float
 
 __device__ __forceinline__ int matrix_at(int row, int column) { return row * kMatrixStride + column; }
 
-// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. Four warps; the diagonal blocks are there
+// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. Eight warps; the diagonal blocks are there
 // and what lies above them is zero. The blocks' own places hold the intermediate L21 X11.
 __device__ __forceinline__ void merge_blocks(const float* s_A, float* s_X, int warp, int lane) {
-  {
+  if (warp < 4) {
     const int at = 32 * (warp >> 1), n = 8 * (warp & 1);
     float c[4] = {};
     product<2>(c, s_A + matrix_at(at + 16, at), s_X + matrix_at(at, at + n), lane);
@@ -71,16 +71,16 @@ __device__ __forceinline__ void merge_blocks(const float* s_A, float* s_X, int w
     __syncwarp();
     store_block(s_X + matrix_at(at + 16, at + n), d, -1.0f, lane);
   }
-  __syncthreads();  // the 16-column halves of a pair come from two warps
-  const int m = 16 * (warp >> 1), n = 16 * (warp & 1);
-  float c[2][4] = {};
-  for (int i = 0; i < 2; ++i) product<4>(c[i], s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n + 8 * i), lane);
-  for (int i = 0; i < 2; ++i) store_block(s_X + matrix_at(32 + m, n + 8 * i), c[i], 1.0f, lane);
+  __syncthreads();  // the 8-column halves of a pair come from two warps
+  const int m = 16 * (warp >> 2), n = 8 * (warp & 3);
+  float c[4] = {};
+  product<4>(c, s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n), lane);
+  store_block(s_X + matrix_at(32 + m, n), c, 1.0f, lane);
   __syncthreads();  // both row halves of L21 X11 are there
-  float d[2][4] = {};
-  for (int i = 0; i < 2; ++i) product<4>(d[i], s_X + matrix_at(32 + m, 32), s_X + matrix_at(32, n + 8 * i), lane);
+  float d[4] = {};
+  product<4>(d, s_X + matrix_at(32 + m, 32), s_X + matrix_at(32, n), lane);
   __syncthreads();  // everybody has read L21 X11
-  for (int i = 0; i < 2; ++i) store_block(s_X + matrix_at(32 + m, n + 8 * i), d[i], -1.0f, lane);
+  store_block(s_X + matrix_at(32 + m, n), d, -1.0f, lane);
 }
 
 }  // namespace jax_flashkda

@@ -71,6 +71,16 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
                : "memory");
 }
 
+// Copies 16 bytes from global to shared memory in the background, or clears them; 16-byte aligned both.
+__device__ __forceinline__ void async_load_16(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0)
+               : "memory");
+}
+// Arrives on the barrier once this thread's copies so far are there; the barrier's count includes this arrival.
+__device__ __forceinline__ void mbarrier_arrive_after_async_loads(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // A barrier among some of the CTA's warps.
 __device__ __forceinline__ void named_barrier(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -37,13 +37,22 @@ struct TableCounts {
   int32_t unused;
 };
 
-// Byte offsets into the workspace. Row r of value head h of batch row b is row (b * HV + h) * T + r.
+// The bf16 operands that the state stage multiplies, as it holds them in shared memory: tiles of one 128-byte row a token, the
+// eight 16-byte pieces of a row permuted by swizzle128. Tile i of a chunk of L tokens starts i * L rows behind the chunk's first.
+enum OperandTile {
+  kTileKDecayed = 0,   // k exp(G), channels 0 .. 63, then 64 .. 127
+  kTileQDecayed = 2,   // q exp(G)
+  kTileKRestored = 4,  // k exp(G_C - G)
+  kTileAkkInv = 6,     // (I + A_kk)^-1 Diag(beta)
+  kTileAqk = 7,        // A_qk without the scale
+  kOperandTiles = 8,
+};
+inline constexpr int64_t kTileRowBytes = 128;
+inline constexpr int64_t kOperandBytes = kOperandTiles * kTileRowBytes;  // of a token and value head
+
+// Byte offsets into the workspace. Token t of value head h of batch row b is operand row (b * HV + h) * T + t.
 struct ForwardWorkspace {
-  int64_t k_decayed;      // [B, HV, T, K] bf16  k exp(G), images (see image_offset)
-  int64_t q_decayed;      // [B, HV, T, K] bf16  q exp(G)
-  int64_t k_restored;     // [B, HV, T, K] bf16  k exp(G_C - G)
-  int64_t A_kk_inv;       // [B, HV, T, C] bf16  (I + A_kk)^-1 Diag(beta)
-  int64_t A_qk;           // [B, HV, T, C] bf16  without the scale
+  int64_t operands;       // [B, HV, T] rows of kOperandBytes: see OperandTile
   int64_t chunk_decay;    // [B, HV, decay_slots, K] f32  exp(G_C)
   int64_t chunk_table;    // [B T] ChunkEntry        with segment_ids
   int64_t segment_table;  // [B T] SegmentEntry      with segment_ids
@@ -62,11 +71,7 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
     return at;
   };
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
-  w.k_decayed = take(head_tokens * shape.K * 2);
-  w.q_decayed = take(head_tokens * shape.K * 2);
-  w.k_restored = take(head_tokens * shape.K * 2);
-  w.A_kk_inv = take(head_tokens * kChunk * 2);
-  w.A_qk = take(head_tokens * kChunk * 2);
+  w.operands = take(head_tokens * kOperandBytes);
   // A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row shares. A shorter chunk ends its
   // segment, so its decay matters to a final state alone: it uses the slot of its segment behind those.
   w.decay_slots = (shape.T + kChunk - 1) / kChunk + shape.N;

@@ -8,14 +8,16 @@
 namespace jax_flashkda::chunk_prepare {
 
 struct Config {
-  static constexpr int kHeadDim = 128;                         // K
-  static constexpr int kBlocks = static_cast<int>(kChunk) / kBlock;
-  static constexpr int kThreads = 32 * kBlocks;                // warp w owns block w: rows 16 w .. 16 w + 15
+  static constexpr int kHeadDim = 128;  // K
+  static constexpr int kStrip = 8;      // tokens of a warp: two strips are a 16-token block
+  static constexpr int kStrips = static_cast<int>(kChunk) / kStrip;
+  static constexpr int kThreads = 32 * kStrips;
   static constexpr int kCtasPerSm = 2;
-  static constexpr int kChannels = kHeadDim / 32;              // a lane owns channels 4 lane .. 4 lane + 3
+  static constexpr int kChannels = kHeadDim / 32;  // a lane owns channels 4 lane .. 4 lane + 3
 
-  // Factors of the scores. A block is a column (c: k exp(reference - G)) of later blocks, a row (q, k: x exp(G - reference))
-  // of earlier ones. Two levels: rows of blocks 2, 3 against columns of blocks 0, 1, and inside each such pair of blocks.
+  // Factors of the scores, 16-token tiles. As a column a token carries c = k exp(reference - G), as a row x exp(G - reference).
+  // The reference of the far tiles is the chunk's middle, of the near ones the middle of each half, of the diagonal ones the
+  // middle of each block.
   struct Factors {
     uint8_t q_far[2][kTileBytes];   // blocks 2, 3
     uint8_t k_far[2][kTileBytes];
@@ -28,22 +30,26 @@ struct Config {
   struct Matrices {
     float A_kk[kChunk * kMatrixStride];
     float A_kk_inv[kChunk * kMatrixStride];
-    uint8_t A_qk[kChunk * 128];  // bf16, swizzled as the state stage reads it
+    uint8_t A_qk[kChunk * kTileRowBytes];  // bf16, swizzled as the state stage reads it
   };
-  struct DiagonalFactors {
-    uint8_t q[kTileBytes];
-    uint8_t k[kTileBytes];
-    uint8_t c[kTileBytes];
+  union Diagonal {
+    struct {
+      uint8_t q[kTileBytes];
+      uint8_t k[kTileBytes];
+      uint8_t c[kTileBytes];
+    } factors;
+    PairwiseScratch pairwise;
   };
   struct Shared {
     union {
       Factors factors;
       Matrices matrices;
     };
-    DiagonalFactors diagonal[kBlocks];  // each its warp's own; scratch of the pairwise scores
-    float block_decay[kBlocks][kHeadDim];  // log2 decay of a whole block
-    float norms[kBlocks][2 * kBlock];      // factors of q, then of k
+    Diagonal diagonal[4];
+    float strip_decay[kStrips][kHeadDim];  // log2 decay of a whole strip
+    float norms[kStrips][2 * kStrip];      // factors of q, then of k
     float beta[kChunk];
+    bool spans_too_far[kStrips];           // the strip decays too far for a reference point at its end
   };
 };
 static_assert(sizeof(Config::Matrices) <= sizeof(Config::Factors));

@@ -5,7 +5,7 @@
 
 namespace jax_flashkda::chunk_state_output {
 
-// What the loading warp tells the consumers about the chunk in a stage.
+// What the loaders tell the consumers about the chunk in a stage.
 struct ChunkHeader {
   int64_t token;         // row * T + first token
   int64_t state;         // (row * N + slot) * HV + head, or -1: no initial state, final state dropped
@@ -26,29 +26,23 @@ struct Config {
   static constexpr int kColumns = 64;       // of V, of one warpgroup
   static constexpr int kStages = 2;
   static constexpr int kThreads = 128 * (kValueTiles + 1);  // warpgroup 0 loads, the others compute
-  static constexpr int kLoaderRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kLoaderRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static constexpr bool kMoveRegisters = kValueTiles > 1;   // with one consumer everybody can have enough
-  static constexpr int kValueRowBytes = kValueTiles * kColumns * 2 + 16;  // padded: eight rows fall into different banks
+  static constexpr int kValueThreads = 96;                  // of the loading warpgroup: all but its first warp
 
   struct alignas(1024) Stage {
-    uint8_t k_decayed[2][8192];   // [channel half][token] rows of 128 bytes, swizzled
-    uint8_t q_decayed[2][8192];
-    uint8_t k_restored[2][8192];
-    uint8_t A_kk_inv[8192];       // [token] rows of 128 bytes, swizzled
-    uint8_t A_qk[8192];
+    uint8_t operands[kOperandTiles][8192];  // the workspace's tiles: [token] rows of 128 bytes, swizzled
+    uint8_t v[kValueTiles][8192];           // [token] rows of a warpgroup's 64 columns, swizzled
     float chunk_decay[kHeadDim];
-    uint8_t v[kChunk * kValueRowBytes];
     ChunkHeader header;
   };
-  // Every chunk fills a stage completely, a short one with zeros behind its end.
-  static constexpr uint32_t kStageBytes = 3 * 16384 + 2 * 8192 + kHeadDim * 4 + kChunk * kValueTiles * kColumns * 2;
 
   struct Shared {
     Stage stages[kStages];
     alignas(1024) uint8_t o[kValueTiles][8192];  // [token] rows of 64 columns, swizzled
-    uint64_t full[kStages];   // written by the copy engine, awaited by the consumers
-    uint64_t empty[kStages];  // written by the consumers, awaited by the loading warp
+    uint64_t full[kStages];   // the loaders fill a stage, the consumers wait
+    uint64_t empty[kStages];  // the consumers empty it, the loaders wait
   };
 };
 

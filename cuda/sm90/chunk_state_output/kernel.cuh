@@ -2,7 +2,7 @@
 //   R = V - (k exp(G)) S      U = (I + A_kk)^-1 Diag(beta) R      O = scale ((q exp(G)) S + A_qk U)
 //   S <- Diag(exp(G_C)) S + (k exp(G_C - G))^T U
 // Grid: persistent CTAs over (segment, value head[, half of V]); a chain of chunks is serial, chains are not.
-// Roles: one warp loads a chunk ahead by bulk copies; each consumer warpgroup keeps 64 columns of the state, transposed
+// Roles: a warpgroup loads a chunk ahead, one warp by bulk copies and three the rows of v; each consumer warpgroup keeps 64 columns of the state, transposed
 // [64 V x 128 K], in fp32 accumulators, and S, R and U become register operands where they are, without leaving it.
 // Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state.
 #pragma once
@@ -15,70 +15,24 @@
 
 namespace jax_flashkda::chunk_state_output {
 
-__device__ uint4 zeros[512];  // never written: the rows behind a short chunk's end are copied from here
-
-template <class Config>
-struct Loader {
-  typename Config::Shared& s;
-  const ForwardParams& p;
-  const ForwardWorkspace& w;
-  int lane;
-  int stage = 0;
-  uint32_t parity = 1;  // of empty: the first pass finds all stages free
-
-  __device__ void rows(uint8_t* to, const uint8_t* from, int length, uint64_t* full) {
-    bulk_load(to, from, length * 128, full);
-    if (length < kChunk) bulk_load(to + length * 128, zeros, (static_cast<int>(kChunk) - length) * 128, full);
-  }
-
-  __device__ void decayed_operand(uint8_t (&to)[2][8192], int64_t offset, int64_t head_row, int length, uint64_t* full) {
-    const uint8_t* from = static_cast<const uint8_t*>(p.workspace) + offset + head_row * 256;
-    if (length == kChunk) {
-      bulk_load(to[0], from, 16384, full);
-    } else {
-      rows(to[0], from, length, full);
-      rows(to[1], from + length * 128, length, full);
-    }
-  }
-
-  __device__ void chunk(const ChunkHeader& header, int64_t head_row, int64_t decay_slot) {
-    mbarrier_wait(&s.empty[stage], parity);  // the consumers have let go of the stage
-    typename Config::Stage& to = s.stages[stage];
-    uint64_t* full = &s.full[stage];
-    if (lane == 0) {
-      to.header = header;
-      mbarrier_arrive_expect(full, header.length > 0 ? Config::kStageBytes : 0);
-    }
-    __syncwarp();  // the bytes are expected before any of them can arrive
-    if (header.length > 0) {
-      const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
-      if (lane == 0) decayed_operand(to.k_decayed, w.k_decayed, head_row, header.length, full);
-      if (lane == 1) rows(to.A_kk_inv, workspace + w.A_kk_inv + head_row * 128, header.length, full);
-      if (lane == 2) decayed_operand(to.k_restored, w.k_restored, head_row, header.length, full);
-      if (lane == 3) decayed_operand(to.q_decayed, w.q_decayed, head_row, header.length, full);
-      if (lane == 4) rows(to.A_qk, workspace + w.A_qk + head_row * 128, header.length, full);
-      if (lane == 5) {
-        const void* decay = workspace + w.chunk_decay + decay_slot * Config::kHeadDim * 4;
-        bulk_load(to.chunk_decay, decay_slot >= 0 ? decay : zeros, Config::kHeadDim * 4, full);
-      }
-      constexpr uint32_t kRowBytes = Config::kValueTiles * Config::kColumns * 2;
-      for (int r = lane; r < kChunk; r += 32) {
-        const int64_t element = ((header.token + r) * p.shape.HV + header.head) * Config::kHeadDim + header.value_column;
-        const void* v = static_cast<const uint8_t*>(p.v) + element * 2;
-        bulk_load(to.v + r * Config::kValueRowBytes, r < header.length ? v : zeros, kRowBytes, full);
-      }
-    }
-    if (++stage == Config::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-
-  __device__ void segment(const Segment& segment, int64_t head, int value_column) {
+// The chunks of a CTA in the order of its work. Both loaders and, through the headers, the consumers follow it.
+template <class Config, class Visit>
+__device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const ForwardWorkspace& w, Visit visit) {
+  const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
+  const SegmentEntry* entries = reinterpret_cast<const SegmentEntry*>(workspace + w.segment_table);
+  const int64_t segments =
+      p.shape.has_segment_ids
+          ? clamp_to(reinterpret_cast<const TableCounts*>(workspace + w.counts)->segments, 0, p.shape.B * p.shape.T)
+          : p.shape.B;
+  constexpr int kSplits = Config::kHeadDim / (Config::kValueTiles * Config::kColumns);
+  for (int64_t item = blockIdx.x; item < segments * p.shape.HV * kSplits; item += gridDim.x) {
+    const int64_t index = item / (p.shape.HV * kSplits), head = item / kSplits % p.shape.HV;
+    const SegmentEntry whole_row = {static_cast<int32_t>(index), 0, static_cast<int32_t>(p.shape.T), 0};
+    const Segment segment = segment_from_entry(p.shape, p.shape.has_segment_ids ? entries[index] : whole_row);
     ChunkHeader header;
     header.state = segment.slot < 0 ? -1 : (segment.row * p.shape.N + segment.slot) * p.shape.HV + head;
     header.head = static_cast<int32_t>(head);
-    header.value_column = value_column;
+    header.value_column = static_cast<int32_t>(item % kSplits) * Config::kColumns * Config::kValueTiles;
     const int64_t head_index = segment.row * p.shape.HV + head;
     for (int64_t done = 0; done < segment.length; done += kChunk) {
       const int64_t start = segment.start + done;
@@ -87,28 +41,80 @@ struct Loader {
       header.first = done == 0;
       header.last = done + kChunk >= segment.length;
       const int64_t slot = chunk_decay_slot(p.shape, start, header.length, segment.slot < 0 ? p.shape.N : segment.slot);
-      chunk(header, head_index * p.shape.T + start, slot < 0 ? -1 : head_index * w.decay_slots + slot);
+      visit(header, head_index * p.shape.T + start, slot < 0 ? int64_t{-1} : head_index * w.decay_slots + slot);
     }
   }
+  ChunkHeader end = {};
+  visit(end, int64_t{0}, int64_t{-1});
+}
 
-  __device__ void run() {
-    const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
-    const SegmentEntry* entries = reinterpret_cast<const SegmentEntry*>(workspace + w.segment_table);
-    const int64_t segments =
-        p.shape.has_segment_ids
-            ? clamp_to(reinterpret_cast<const TableCounts*>(workspace + w.counts)->segments, 0, p.shape.B * p.shape.T)
-            : p.shape.B;
-    constexpr int kSplits = Config::kHeadDim / (Config::kValueTiles * Config::kColumns);
-    for (int64_t item = blockIdx.x; item < segments * p.shape.HV * kSplits; item += gridDim.x) {
-      const int64_t index = item / (p.shape.HV * kSplits), head = item / kSplits % p.shape.HV;
-      const SegmentEntry whole_row = {static_cast<int32_t>(index), 0, static_cast<int32_t>(p.shape.T), 0};
-      const SegmentEntry entry = p.shape.has_segment_ids ? entries[index] : whole_row;
-      segment(segment_from_entry(p.shape, entry), head, static_cast<int>(item % kSplits) * Config::kColumns * Config::kValueTiles);
-    }
-    ChunkHeader end = {};
-    chunk(end, 0, -1);
+// A place in the ring of stages.
+template <class Config>
+struct Ring {
+  int stage = 0;
+  uint32_t parity;
+  __device__ explicit Ring(uint32_t first_parity) : parity(first_parity) {}
+  __device__ void advance() {
+    if (++stage < Config::kStages) return;
+    stage = 0;
+    parity ^= 1;
   }
 };
+
+// One warp: headers, decays and operand tiles, by the copy engine.
+template <class Config>
+__device__ __forceinline__ void load_operands(typename Config::Shared& s, const ForwardParams& p, const ForwardWorkspace& w, int lane) {
+  const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
+  Ring<Config> ring(1);  // the first pass finds all stages empty
+  for_each_chunk<Config>(p, w, [&](const ChunkHeader& header, int64_t operand_row, int64_t decay_slot) {
+    mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
+    typename Config::Stage& to = s.stages[ring.stage];
+    uint64_t* full = &s.full[ring.stage];
+    const uint32_t tile_bytes = header.length * static_cast<uint32_t>(kTileRowBytes);
+    const bool decays = decay_slot >= 0;  // else nobody asks for the state behind the chunk, whatever scales it
+    if (lane == 0) {
+      to.header = header;
+      mbarrier_arrive_expect(full, kOperandTiles * tile_bytes + (decays ? Config::kHeadDim * 4 : 0));
+    }
+    __syncwarp();  // the bytes are expected before any of them can arrive
+    if (header.length > 0 && lane < kOperandTiles)
+      bulk_load(to.operands[lane], workspace + w.operands + operand_row * kOperandBytes + lane * tile_bytes, tile_bytes, full);
+    if (decays && lane == kOperandTiles)
+      bulk_load(to.chunk_decay, workspace + w.chunk_decay + decay_slot * Config::kHeadDim * 4, Config::kHeadDim * 4, full);
+    ring.advance();
+  });
+}
+
+// Three warps: the rows of v, and zeros behind the end of a short chunk, in every tile: what multiplies them must be finite.
+template <class Config>
+__device__ __forceinline__ void load_values(typename Config::Shared& s, const ForwardParams& p, const ForwardWorkspace& w, int thread) {
+  constexpr int kPieces = 8 * Config::kValueTiles;  // 16-byte pieces of a row
+  Ring<Config> ring(1);
+  for_each_chunk<Config>(p, w, [&](const ChunkHeader& header, int64_t, int64_t) {
+    mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
+    typename Config::Stage& to = s.stages[ring.stage];
+    if (header.length > 0) {
+      const int64_t stride = p.shape.HV * Config::kHeadDim * 2;
+      const uint8_t* v = static_cast<const uint8_t*>(p.v) + header.token * stride + (header.head * Config::kHeadDim + header.value_column) * 2;
+#pragma unroll 1
+      for (int at = thread; at < kChunk * kPieces; at += Config::kValueThreads) {
+        const int row = at / kPieces, piece = at % kPieces;
+        const bool exists = row < header.length;
+        async_load_16(&to.v[piece / 8][swizzle128(row, piece % 8)], v + (exists ? row : 0) * stride + 16 * piece, exists);
+      }
+    }
+    if (header.length > 0 && header.length < kChunk) {
+      const int missing = (static_cast<int>(kChunk) - header.length) * 8;
+      for (int tile = 0; tile < kOperandTiles; ++tile)
+        for (int at = thread; at < missing; at += Config::kValueThreads)
+          *reinterpret_cast<uint4*>(&to.operands[tile][header.length * kTileRowBytes + 16 * at]) = make_uint4(0, 0, 0, 0);
+      fence_async_shared();  // these zeros, before the tensor cores read them
+    }
+    mbarrier_arrive_after_async_loads(&s.full[ring.stage]);  // the rows of v
+    mbarrier_arrive(&s.full[ring.stage]);                    // the zeros
+    ring.advance();
+  });
+}
 
 template <class Config>
 struct Consumer {
@@ -154,12 +160,12 @@ struct Consumer {
 
   // r = V - P, rounded, in the operand order of the next product. Tokens two by two from the transposed rows of V.
   __device__ void residual(uint32_t (&r)[16], const float (&projected)[32], const typename Config::Stage& stage) const {
-    const int token = 8 * (lane >> 4) + (lane & 7), column = 64 * tile + 16 * warp + 8 * ((lane >> 3) & 1);
-    const uint32_t v = shared_address(stage.v) + token * Config::kValueRowBytes + 2 * column;
+    const int token = 8 * (lane >> 4) + (lane & 7), piece = 2 * warp + ((lane >> 3) & 1);
+    const uint32_t v = shared_address(stage.v[tile]) + swizzle128(token, piece);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint32_t pairs[4];
-      load_matrices_transposed(pairs, v + 16 * step * Config::kValueRowBytes);
+      load_matrices_transposed(pairs, v + 16 * step * 128);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         r[4 * step + i] =
@@ -204,11 +210,11 @@ struct Consumer {
   }
 
   __device__ void chunk(const typename Config::Stage& stage, uint64_t* empty) {
-    const uint64_t k_decayed = swizzled_operand(shared_address(stage.k_decayed), 0);
-    const uint64_t q_decayed = swizzled_operand(shared_address(stage.q_decayed), 0);
-    const uint64_t k_restored = swizzled_operand(shared_address(stage.k_restored), 8192);
-    const uint64_t A_kk_inv = swizzled_operand(shared_address(stage.A_kk_inv), 0);
-    const uint64_t A_qk = swizzled_operand(shared_address(stage.A_qk), 0);
+    const uint64_t k_decayed = swizzled_operand(shared_address(stage.operands[kTileKDecayed]), 0);
+    const uint64_t q_decayed = swizzled_operand(shared_address(stage.operands[kTileQDecayed]), 0);
+    const uint64_t k_restored = swizzled_operand(shared_address(stage.operands[kTileKRestored]), 8192);
+    const uint64_t A_kk_inv = swizzled_operand(shared_address(stage.operands[kTileAkkInv]), 0);
+    const uint64_t A_qk = swizzled_operand(shared_address(stage.operands[kTileAqk]), 0);
     uint32_t a[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) a[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
@@ -270,18 +276,14 @@ struct Consumer {
   }
 
   __device__ void run() {
-    int stage = 0;
-    uint32_t parity = 0;
+    Ring<Config> ring(0);
     while (true) {
-      mbarrier_wait(&s.full[stage], parity);  // the copy engine and the loading warp have filled the stage
-      const ChunkHeader& header = s.stages[stage].header;
+      mbarrier_wait(&s.full[ring.stage], ring.parity);  // both loaders have filled the stage
+      const ChunkHeader& header = s.stages[ring.stage].header;
       if (header.length == 0) return;
       if (header.first) start(header);
-      chunk(s.stages[stage], &s.empty[stage]);
-      if (++stage == Config::kStages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      chunk(s.stages[ring.stage], &s.empty[ring.stage]);
+      ring.advance();
     }
   }
 };
@@ -294,7 +296,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
-      mbarrier_init(&s.full[i], 1);
+      mbarrier_init(&s.full[i], 1 + 2 * Config::kValueThreads);
       mbarrier_init(&s.empty[i], 4 * Config::kValueTiles);  // each consumer warp
     }
     fence_barrier_init();
@@ -304,8 +306,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     if constexpr (Config::kMoveRegisters) lower_registers<Config::kLoaderRegisters>();
     if (warp == 0) {
-      Loader<Config> loader{s, p, w, lane};
-      loader.run();
+      load_operands<Config>(s, p, w, lane);
+    } else {
+      load_values<Config>(s, p, w, threadIdx.x - 32);
     }
   } else {
     if constexpr (Config::kMoveRegisters) raise_registers<Config::kConsumerRegisters>();

@@ -95,6 +95,30 @@ __device__ __forceinline__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
+// Loads of memory that nobody writes meanwhile. Volatile, so that they stay where they are written: ahead of other work.
+__device__ __forceinline__ uint2 load_early(const uint2* global) {
+  uint2 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(global));
+  return x;
+}
+__device__ __forceinline__ uint4 load_early(const uint4* global) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(global));
+  return x;
+}
+__device__ __forceinline__ uint32_t load_early(const uint32_t* global) {
+  uint32_t x;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(global));
+  return x;
+}
+__device__ __forceinline__ uint32_t load_early(const uint16_t* global) {
+  uint32_t x;
+  asm volatile("{\n.reg .b16 h;\nld.global.nc.b16 h, [%1];\ncvt.u32.u16 %0, h;\n}" : "=r"(x) : "l"(global));
+  return x;
+}
+
 // Four 8x8 tiles of 16-bit elements; lane l names row l % 8 of tile l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -12,9 +12,9 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 // (inf - inf in a difference of sums would not).
 inline constexpr float kLog2DecayMin = -110.0f * kLog2E;
 
-// Largest decay, in powers of two, between a reference point and a row it serves: 2^60 times any sensible key stays
-// finite, and a bounded gate (8 tokens of -5) never exceeds it.
-inline constexpr float kLog2DecayHalfSpan = 60.0f;
+// Largest decay, in powers of two, between a reference point and a row it serves: the row's factor grows by as much, and
+// 2^100 times any sensible key stays finite. A bounded gate (8 tokens of -5) never exceeds it.
+inline constexpr float kLog2DecayHalfSpan = 100.0f;
 
 // A NaN stays one: it must show in its own segment.
 __device__ __forceinline__ float clamp_log2_decay(float log2_decay) {

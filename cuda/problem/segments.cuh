@@ -35,11 +35,11 @@ __device__ __forceinline__ Chunk chunk_from_entry(const ForwardShape& shape, con
 }
 
 // Without segment_ids chunk number `index` counts through the rows, ceil(T / kChunk) to a row.
-__device__ __forceinline__ Chunk chunk_without_table(const ForwardShape& shape, int64_t index) {
-  const int64_t chunks_in_row = (shape.T + kChunk - 1) / kChunk;
+__device__ __forceinline__ Chunk chunk_without_table(const ForwardShape& shape, uint32_t index) {
+  const uint32_t chunks_in_row = static_cast<uint32_t>((shape.T + kChunk - 1) / kChunk);
   ChunkEntry entry;
   entry.row = static_cast<int32_t>(index / chunks_in_row);
-  entry.start = static_cast<int32_t>(index % chunks_in_row * kChunk);
+  entry.start = static_cast<int32_t>(index % chunks_in_row * static_cast<uint32_t>(kChunk));
   entry.length = static_cast<int32_t>(shape.T - entry.start < kChunk ? shape.T - entry.start : kChunk);
   entry.segment = 0;
   return chunk_from_entry(shape, entry);

@@ -21,10 +21,11 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// x = high + low + rounding of 2^-22 |x|: three tf32 products of such pairs are an fp32 product in all but the last bits.
+// x = high + low + 2^-21 |x|: three tf32 products of such pairs are an fp32 product in all but the last bits. The hardware
+// reads the upper 19 bits of an operand, so cutting is free where rounding would cost four instructions.
 __device__ __forceinline__ void split_tf32(float x, uint32_t& high, uint32_t& low) {
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(x - __uint_as_float(high)));
+  high = __float_as_uint(x) & 0xffffe000u;
+  low = __float_as_uint(x - __uint_as_float(high));
 }
 
 // Warpgroup products: the accumulators' earlier register writes come before, commit closes a group, wait leaves `Pending` open.

@@ -15,43 +15,31 @@ struct Config {
   static constexpr int kCtasPerSm = 2;
   static constexpr int kChannels = kHeadDim / 32;  // a lane owns channels 4 lane .. 4 lane + 3
 
-  // Factors of the scores, 16-token tiles. As a column a token carries c = k exp(reference - G), as a row x exp(G - reference).
+  // Factors of the scores, in 16-token tiles. As a column a token carries c = k exp(reference - G), as a row x exp(G - reference).
   // The reference of the far tiles is the chunk's middle, of the near ones the middle of each half, of the diagonal ones the
-  // middle of each block.
-  struct Factors {
-    uint8_t q_far[2][kTileBytes];   // blocks 2, 3
-    uint8_t k_far[2][kTileBytes];
-    uint8_t c_far[2][kTileBytes];   // blocks 0, 1
-    uint8_t q_near[2][kTileBytes];  // blocks 1, 3
-    uint8_t k_near[2][kTileBytes];
-    uint8_t c_near[2][kTileBytes];  // blocks 0, 2
-  };
+  // middle of each block. A block is a far row (q, k) if it lies in the upper half, else a far column; near likewise in its half.
+  enum Factor { kFarK, kNearK, kDiagonalQ, kDiagonalK, kDiagonalC, kFarQ, kNearQ };
+  static constexpr int kFactorTiles = 25;
+  // First tile of a block: block 3 has all seven, 1 all but far q, 2 all but near q, 0 neither, so it goes last.
+  static constexpr __host__ __device__ int first_tile(int block) { return block == 3 ? 0 : block == 1 ? 7 : block == 2 ? 14 : 20; }
+
   // After the products the same memory holds the matrices.
   struct Matrices {
     float A_kk[kChunk * kMatrixStride];
     float A_kk_inv[kChunk * kMatrixStride];
     uint8_t A_qk[kChunk * kTileRowBytes];  // bf16, swizzled as the state stage reads it
   };
-  union Diagonal {
-    struct {
-      uint8_t q[kTileBytes];
-      uint8_t k[kTileBytes];
-      uint8_t c[kTileBytes];
-    } factors;
-    PairwiseScratch pairwise;
-  };
   struct Shared {
     union {
-      Factors factors;
+      uint8_t factors[kFactorTiles][kTileBytes];
       Matrices matrices;
     };
-    Diagonal diagonal[4];
     float strip_decay[kStrips][kHeadDim];  // log2 decay of a whole strip
     float norms[kStrips][2 * kStrip];      // factors of q, then of k
     float beta[kChunk];
     bool spans_too_far[kStrips];           // the strip decays too far for a reference point at its end
   };
 };
-static_assert(sizeof(Config::Matrices) <= sizeof(Config::Factors));
+static_assert(sizeof(PairwiseScratch) <= 3 * kTileBytes);  // it takes the place of a block's diagonal factors
 
 }  // namespace jax_flashkda::chunk_prepare

@@ -10,6 +10,8 @@
 // It is a stage of its own because it is parallel over chunks: nothing of it may sit on the serial path of the state.
 #pragma once
 
+#include <type_traits>
+
 #include "chunk/gate.cuh"
 #include "chunk/l2norm.cuh"
 #include "problem/segments.cuh"
@@ -20,6 +22,10 @@ namespace jax_flashkda::chunk_prepare {
 using Rows = uint2[Config::kStrip];                         // a lane's 4 channels of its strip's tokens, bf16
 using DecayRows = float[Config::kStrip][Config::kChannels];  // the same of the log2 decay
 
+__device__ __forceinline__ int64_t query_head(const ForwardShape& shape, int64_t value_head) {
+  return static_cast<uint32_t>(value_head) / (static_cast<uint32_t>(shape.HV) / static_cast<uint32_t>(shape.H));
+}
+
 // What a warp knows of the strip it owns.
 struct Strip {
   int warp, lane, channel;
@@ -27,37 +33,79 @@ struct Strip {
   int64_t token;  // row * T + first token of the strip
 };
 
-__device__ __forceinline__ void load_rows(Rows& x, const void* base, int64_t heads, int64_t head, const Strip& strip) {
-  const char* from = static_cast<const char*>(base) + ((strip.token * heads + head) * Config::kHeadDim + strip.channel) * 2;
-#pragma unroll
-  for (int r = 0; r < Config::kStrip; ++r)
-    x[r] = r < strip.rows ? __ldg(reinterpret_cast<const uint2*>(from + r * heads * Config::kHeadDim * 2)) : make_uint2(0, 0);
+__device__ __forceinline__ Strip strip_of(const ForwardShape& shape, const Chunk& chunk) {
+  Strip strip;
+  strip.warp = threadIdx.x / 32;
+  strip.lane = threadIdx.x % 32;
+  strip.channel = Config::kChannels * strip.lane;
+  strip.rows = min(max(chunk.length - Config::kStrip * strip.warp, 0), Config::kStrip);
+  strip.token = chunk.row * shape.T + chunk.start + Config::kStrip * strip.warp;
+  return strip;
 }
 
-__device__ __forceinline__ void load_gate(DecayRows& g, const ForwardParams& p, const Strip& strip, int64_t head) {
-  const int64_t HV = p.shape.HV;
-  if (p.g_dtype == DType::kBF16) {
-    Rows raw;
-    load_rows(raw, p.g, HV, head, strip);
+// What a thread reads for a chunk, as it comes from memory: loaded while the chunk before is still being worked on.
+template <DType kGateType>
+struct Inputs {
+  using GateWord = std::conditional_t<kGateType == DType::kBF16, uint2, uint4>;  // 4 channels
+  Rows q, k;
+  GateWord g[Config::kStrip];
+  uint32_t A_log;
+  uint4 dt_bias;
+  uint32_t beta;  // threads 0 .. 63: of that token
+};
+
+template <class Word>
+__device__ __forceinline__ void load_rows(Word (&x)[Config::kStrip], const void* base, int64_t row, int64_t heads, int channel, int rows) {
+  constexpr int kBytes = sizeof(Word) / Config::kChannels;
+  const char* from = static_cast<const char*>(base) + (row * Config::kHeadDim + channel) * kBytes;
+  const int64_t stride = heads * Config::kHeadDim * kBytes;
+  if (rows == Config::kStrip) {
 #pragma unroll
-    for (int r = 0; r < Config::kStrip; ++r) {
-      g[r][0] = bf16_low(raw[r].x);
-      g[r][1] = bf16_high(raw[r].x);
-      g[r][2] = bf16_low(raw[r].y);
-      g[r][3] = bf16_high(raw[r].y);
-    }
+    for (int r = 0; r < Config::kStrip; ++r) x[r] = load_early(reinterpret_cast<const Word*>(from + r * stride));
   } else {
-    const float* from = static_cast<const float*>(p.g) + (strip.token * HV + head) * Config::kHeadDim + strip.channel;
 #pragma unroll
     for (int r = 0; r < Config::kStrip; ++r) {
-      const float4 x = r < strip.rows ? __ldg(reinterpret_cast<const float4*>(from + r * HV * Config::kHeadDim))
-                                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      g[r][0] = x.x;
-      g[r][1] = x.y;
-      g[r][2] = x.z;
-      g[r][3] = x.w;
+      x[r] = Word{};
+      if (r < rows) x[r] = load_early(reinterpret_cast<const Word*>(from + r * stride));
     }
   }
+}
+
+template <DType kGateType>
+__device__ __forceinline__ void load_inputs(Inputs<kGateType>& in, const ForwardParams& p, const Chunk& chunk, int64_t head) {
+  const Strip strip = strip_of(p.shape, chunk);
+  const int64_t HV = p.shape.HV, qk_row = strip.token * p.shape.H + query_head(p.shape, head);
+  load_rows(in.g, p.g, strip.token * HV + head, HV, strip.channel, strip.rows);
+  load_rows(in.k, p.k, qk_row, p.shape.H, strip.channel, strip.rows);
+  load_rows(in.q, p.q, qk_row, p.shape.H, strip.channel, strip.rows);
+  const int64_t gate_head = chunk.row * HV + head;
+  in.A_log = 0;
+  if (p.A_log != nullptr) in.A_log = load_early(reinterpret_cast<const uint32_t*>(p.A_log + gate_head));
+  in.dt_bias = uint4{};
+  if (p.dt_bias != nullptr)
+    in.dt_bias = load_early(reinterpret_cast<const uint4*>(p.dt_bias + gate_head * Config::kHeadDim + strip.channel));
+  in.beta = 0;
+  if (threadIdx.x < chunk.length) {
+    const int64_t at = (chunk.row * p.shape.T + chunk.start + threadIdx.x) * HV + head;
+    if (p.beta_dtype == DType::kBF16) {
+      in.beta = load_early(static_cast<const uint16_t*>(p.beta) + at);
+    } else {
+      in.beta = load_early(static_cast<const uint32_t*>(p.beta) + at);
+    }
+  }
+}
+
+__device__ __forceinline__ void unpack_gate(float (&g)[4], uint2 x) {
+  g[0] = bf16_low(x.x);
+  g[1] = bf16_high(x.x);
+  g[2] = bf16_low(x.y);
+  g[3] = bf16_high(x.y);
+}
+__device__ __forceinline__ void unpack_gate(float (&g)[4], uint4 x) {
+  g[0] = __uint_as_float(x.x);
+  g[1] = __uint_as_float(x.y);
+  g[2] = __uint_as_float(x.z);
+  g[3] = __uint_as_float(x.w);
 }
 
 template <Gate kGate>
@@ -69,15 +117,16 @@ __device__ __forceinline__ void decay_of_rows(DecayRows& g, const GateCoefficien
 }
 
 // Raw gate to the running sum of the log2 decay from the strip's start. Missing tokens decay nothing.
-__device__ __forceinline__ void cumulate_decay(DecayRows& g, const ForwardParams& p, int64_t row, int64_t head, const Strip& strip) {
+template <DType kGateType>
+__device__ __forceinline__ void cumulate_decay(DecayRows& g, const Inputs<kGateType>& in, const ForwardParams& p, const Strip& strip) {
+  float dt_bias[4];
+  unpack_gate(dt_bias, in.dt_bias);
   GateCoefficients c[Config::kChannels];
-  const int64_t gate_head = row * p.shape.HV + head;
-  const float A_log = p.A_log != nullptr ? __ldg(p.A_log + gate_head) : 0.0f;
-  float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  if (p.dt_bias != nullptr) bias = __ldg(reinterpret_cast<const float4*>(p.dt_bias + gate_head * Config::kHeadDim + strip.channel));
-  const float biases[4] = {bias.x, bias.y, bias.z, bias.w};
 #pragma unroll
-  for (int e = 0; e < Config::kChannels; ++e) c[e] = gate_coefficients(p.gate, A_log, biases[e], p.gate_lower_bound);
+  for (int e = 0; e < Config::kChannels; ++e)
+    c[e] = gate_coefficients(p.gate, __uint_as_float(in.A_log), dt_bias[e], p.gate_lower_bound);
+#pragma unroll
+  for (int r = 0; r < Config::kStrip; ++r) unpack_gate(g[r], in.g[r]);
   if (p.gate == Gate::kSoftplus) {
     decay_of_rows<Gate::kSoftplus>(g, c);
   } else if (p.gate == Gate::kBounded) {
@@ -133,29 +182,29 @@ struct StripDecays {
   float column[4];  // between the strip's end and the middle of its block: >= 1 in an upper strip
 };
 
-__device__ __forceinline__ StripDecays find_strip_decays(const Config::Shared& s, const DecayRows& g, const Strip& strip) {
-  StripDecays d = {};
-  const int w = strip.warp, half = w & 4;
-#pragma unroll
-  for (int b = 0; b < Config::kStrips; ++b) {
-    const float4 total = *reinterpret_cast<const float4*>(&s.strip_decay[b][strip.channel]);
-    const float totals[4] = {total.x, total.y, total.z, total.w};
-    const bool to_far = w < 4 ? (b > w && b < 4) : (b >= 4 && b < w);
-    const bool to_near = (w & 2) == 0 ? (b == w + 1 && (w & 1) == 0) : (b == w - 1 && (w & 1) == 1);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (b < w) d.before[e] += totals[e];
-      if (b > w) d.after[e] += totals[e];
-      if (to_far) d.far[e] += totals[e];
-      if (to_near && b / 4 == half / 4) d.near[e] += totals[e];
-    }
+// exp of the decay of strips first .. last - 1; the same range for the whole warp.
+__device__ __forceinline__ void decay_between(float (&out)[4], const Config::Shared& s, int first, int last, int channel) {
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+  for (int b = first; b < last; ++b) {
+    const float4 total = *reinterpret_cast<const float4*>(&s.strip_decay[b][channel]);
+    sum = make_float4(sum.x + total.x, sum.y + total.y, sum.z + total.z, sum.w + total.w);
   }
+  out[0] = exp2_fast(sum.x);
+  out[1] = exp2_fast(sum.y);
+  out[2] = exp2_fast(sum.z);
+  out[3] = exp2_fast(sum.w);
+}
+
+__device__ __forceinline__ StripDecays find_strip_decays(const Config::Shared& s, const DecayRows& g, const Strip& strip) {
+  StripDecays d;
+  const int w = strip.warp, near = w < 4 ? 2 : 6;  // the first strip behind the middle of the half
+  decay_between(d.before, s, 0, w, strip.channel);
+  decay_between(d.after, s, w + 1, Config::kStrips, strip.channel);
+  decay_between(d.far, s, w < 4 ? w + 1 : 4, w < 4 ? 4 : w, strip.channel);
+  decay_between(d.near, s, w < near ? w + 1 : near, w < near ? near : w, strip.channel);
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    d.before[e] = exp2_fast(d.before[e]);
-    d.after[e] = exp2_fast(d.after[e]);
-    d.far[e] = exp2_fast(d.far[e]);
-    d.near[e] = exp2_fast(d.near[e]);
     const float rise = exp2_fast(-g[Config::kStrip - 1][e]);
     d.row[e] = w & 1 ? 1.0f : rise;
     d.column[e] = w & 1 ? rise : 1.0f;
@@ -167,14 +216,13 @@ __device__ __forceinline__ uint2 pack4(const float (&x)[4], const float (&y)[4])
   return make_uint2(pack_bf16(x[0] * y[0], x[1] * y[1]), pack_bf16(x[2] * y[2], x[3] * y[3]));
 }
 
-// The lane's place in row r of a swizzled tile, from its place in the strip's row 0: pieces move by an exclusive or.
 // Predicated rather than branched around: the strips differ in what they store, and branches would keep rows apart.
-__device__ __forceinline__ void put(uint32_t tile, int r, uint2 value, bool wanted = true) {
-  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n@wanted st.shared.v2.b32 [%0], {%1, %2};\n}" ::"r"(
-                   (tile ^ (r << 4)) + r * 256),
+__device__ __forceinline__ void put(uint32_t shared, uint2 value, bool wanted = true) {
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n@wanted st.shared.v2.b32 [%0], {%1, %2};\n}" ::"r"(shared),
                "r"(value.x), "r"(value.y), "r"(static_cast<int>(wanted))
                : "memory");
 }
+// Row r of a swizzled tile, from the lane's place in row 0: pieces move by an exclusive or.
 __device__ __forceinline__ void put(uint8_t* tile, int r, uint2 value, bool wanted) {
   const uintptr_t to = (reinterpret_cast<uintptr_t>(tile) ^ (r << 4)) + r * kTileRowBytes;
   asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n@wanted st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
@@ -189,15 +237,9 @@ __device__ __forceinline__ void choose(float (&out)[4], bool first, const float 
 // Each token of the strip once: its decayed operands to memory, its score factors to shared memory.
 __device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operands, int length, const Rows& q, const Rows& k,
                                               const DecayRows& g, const StripDecays& d, const Strip& strip) {
-  const int block = strip.warp >> 1, pair = strip.warp >> 2, upper_half = strip.warp & 1;
-  const uint32_t in_tile = 2048 * upper_half + 8 * strip.lane;
-  Config::Factors& f = s.factors;
+  const int block = strip.warp >> 1, upper_half = strip.warp & 1;
   const bool far_row = block >= 2, near_row = block & 1;
-  const uint32_t far_q = shared_address(f.q_far[block & 1]) + in_tile;
-  const uint32_t far_k = shared_address(far_row ? f.k_far[block & 1] : f.c_far[block & 1]) + in_tile;
-  const uint32_t near_q = shared_address(f.q_near[pair]) + in_tile;
-  const uint32_t near_k = shared_address(near_row ? f.k_near[pair] : f.c_near[pair]) + in_tile;
-  const uint32_t diagonal = shared_address(&s.diagonal[block]) + in_tile;
+  const uint32_t tiles = shared_address(s.factors[Config::first_tile(block)]) + 2048 * upper_half + 8 * strip.lane;
   const int64_t tile_bytes = length * kTileRowBytes;
   uint8_t* k_decayed = operands + (kTileKDecayed + (strip.lane >> 4)) * tile_bytes + Config::kStrip * kTileRowBytes * strip.warp + 8 * (strip.lane & 15);
   uint8_t* q_decayed = k_decayed + (kTileQDecayed - kTileKDecayed) * tile_bytes;
@@ -222,14 +264,19 @@ __device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operan
     float far[4], near[4];
     choose(far, far_row, k_down, k_up);
     choose(near, near_row, k_down, k_up);
-    put(far_q, r, pack4(q_down, d.far), far_row);
-    put(far_k, r, pack4(far, d.far));
-    put(near_q, r, pack4(q_down, d.near), near_row);
-    put(near_k, r, pack4(near, d.near));
-    put(diagonal, r, pack4(q_down, d.row));
-    put(diagonal + kTileBytes, r, pack4(k_down, d.row));
-    put(diagonal + 2 * kTileBytes, r, pack4(k_up, d.column));
+    const uint32_t at = (tiles ^ (r << 4)) + r * 256;
+    put(at + Config::kFarQ * kTileBytes, pack4(q_down, d.far), far_row);
+    put(at + Config::kFarK * kTileBytes, pack4(far, d.far));
+    put(at + Config::kNearQ * kTileBytes, pack4(q_down, d.near), near_row);
+    put(at + Config::kNearK * kTileBytes, pack4(near, d.near));
+    put(at + Config::kDiagonalQ * kTileBytes, pack4(q_down, d.row));
+    put(at + Config::kDiagonalK * kTileBytes, pack4(k_down, d.row));
+    put(at + Config::kDiagonalC * kTileBytes, pack4(k_up, d.column));
   }
+}
+
+__device__ __forceinline__ uint32_t factor_tile(const Config::Shared& s, int block, Config::Factor factor) {
+  return shared_address(s.factors[Config::first_tile(block) + factor]);
 }
 
 // A diagonal block whose decay no single reference point can carry. Two warps: one sums the scores of q, the other those of k.
@@ -237,7 +284,7 @@ __device__ __forceinline__ void pairwise_diagonal(float (&acc)[2][4], Config::Sh
                                                   const DecayRows& g, const Strip& strip) {
   const int block = strip.warp >> 1, upper_half = strip.warp & 1;
   const uint32_t barrier = 1 + block;
-  PairwiseScratch& scratch = s.diagonal[block].pairwise;
+  PairwiseScratch& scratch = *reinterpret_cast<PairwiseScratch*>(s.factors[Config::first_tile(block) + Config::kDiagonalQ]);
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     named_barrier(barrier, 64);  // the two warps have read what is there, before it is overwritten
@@ -268,11 +315,12 @@ struct Scores {
   float diagonal[2][4];  // block warp / 2; of q for even warps
 };
 
-__device__ __forceinline__ void multiply_factors(Scores& scores, const Config::Factors& f, const Strip& strip) {
-  const int w = strip.warp, second = (w >> 1) & 1;
-  score_block(scores.far, shared_address(w < 4 ? f.q_far[second] : f.k_far[second]), shared_address(f.c_far[w & 1]), strip.lane);
-  score_half_block(scores.near, shared_address(second ? f.k_near[w >> 2] : f.q_near[w >> 2]), shared_address(f.c_near[w >> 2]), w & 1,
-                   strip.lane);
+__device__ __forceinline__ void multiply_far_and_near(Scores& scores, const Config::Shared& s, const Strip& strip) {
+  const int w = strip.warp, second = (w >> 1) & 1, pair = w >> 2;
+  score_block(scores.far, factor_tile(s, 2 + second, w < 4 ? Config::kFarQ : Config::kFarK), factor_tile(s, w & 1, Config::kFarK),
+              strip.lane);
+  score_half_block(scores.near, factor_tile(s, 2 * pair + 1, second ? Config::kNearK : Config::kNearQ),
+                   factor_tile(s, 2 * pair, Config::kNearK), w & 1, strip.lane);
 }
 
 // Eight columns of A_qk from accumulators: zero above the diagonal (select: factors may be infinite there).
@@ -351,17 +399,10 @@ __device__ __forceinline__ void clear_output(const ForwardParams& p, const Chunk
   }
 }
 
-__device__ __forceinline__ void load_beta(float* s_beta, const ForwardParams& p, const Chunk& chunk, int64_t head) {
-  const int r = threadIdx.x;
-  if (r >= kChunk) return;
-  float beta = 0.0f;
-  if (r < chunk.length) {
-    const int64_t at = (chunk.row * p.shape.T + chunk.start + r) * p.shape.HV + head;
-    const float raw = p.beta_dtype == DType::kBF16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(p.beta)[at])
-                                                   : static_cast<const float*>(p.beta)[at];
-    beta = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
-  }
-  s_beta[r] = beta;
+__device__ __forceinline__ void publish_beta(float* s_beta, uint32_t raw, const ForwardParams& p, const Chunk& chunk) {
+  if (threadIdx.x >= kChunk) return;
+  const float beta = __uint_as_float(p.beta_dtype == DType::kBF16 ? raw << 16 : raw);
+  s_beta[threadIdx.x] = threadIdx.x < chunk.length ? beta_value(beta, p.beta_is_logits, p.allow_neg_eigval) : 0.0f;
 }
 
 __device__ __forceinline__ void write_chunk_decay(const Config::Shared& s, float* chunk_decay) {
@@ -372,73 +413,108 @@ __device__ __forceinline__ void write_chunk_decay(const Config::Shared& s, float
   chunk_decay[threadIdx.x] = exp2_fast(total);
 }
 
-__device__ __forceinline__ void prepare(Config::Shared& s, const ForwardParams& p, const ForwardWorkspace& w, const Chunk& chunk,
-                                        int64_t head) {
-  uint8_t* workspace = static_cast<uint8_t*>(p.workspace);
-  const int64_t head_index = chunk.row * p.shape.HV + head;
-  uint8_t* operands = workspace + w.operands + (head_index * p.shape.T + chunk.start) * kOperandBytes;
-  Strip strip;
-  strip.warp = threadIdx.x / 32;
-  strip.lane = threadIdx.x % 32;
-  strip.channel = Config::kChannels * strip.lane;
-  strip.rows = min(max(chunk.length - Config::kStrip * strip.warp, 0), Config::kStrip);
-  strip.token = chunk.row * p.shape.T + chunk.start + Config::kStrip * strip.warp;
-
-  Rows q, k;
+// The first half: inputs to factors to scores, decayed operands to memory. The matrices are in shared memory behind it.
+template <DType kGateType>
+__device__ __forceinline__ void find_scores(Config::Shared& s, const Inputs<kGateType>& in, const ForwardParams& p,
+                                            const ForwardWorkspace& w, const Chunk& chunk, int64_t head, uint8_t* operands) {
+  const Strip strip = strip_of(p.shape, chunk);
   DecayRows g;
-  load_gate(g, p, strip, head);
-  const int64_t qk_head = head / (p.shape.HV / p.shape.H);
-  load_rows(q, p.q, p.shape.H, qk_head, strip);
-  load_rows(k, p.k, p.shape.H, qk_head, strip);
-  load_beta(s.beta, p, chunk, head);
-  cumulate_decay(g, p, chunk.row, head, strip);
+  cumulate_decay(g, in, p, strip);
   publish_decay(s, g, strip);
-  find_norms(s.norms[strip.warp], q, k, p.qk_l2norm, strip.lane);
+  find_norms(s.norms[strip.warp], in.q, in.k, p.qk_l2norm, strip.lane);
+  publish_beta(s.beta, in.beta, p, chunk);
   __syncthreads();  // all strips' decays and norms, before every warp reads them
 
-  write_factors(s, operands, chunk.length, q, k, g, find_strip_decays(s, g, strip), strip);
-  if (chunk.decay_slot >= 0)
-    write_chunk_decay(s, reinterpret_cast<float*>(workspace + w.chunk_decay) + (head_index * w.decay_slots + chunk.decay_slot) * Config::kHeadDim);
+  write_factors(s, operands, chunk.length, in.q, in.k, g, find_strip_decays(s, g, strip), strip);
+  if (chunk.decay_slot >= 0) {
+    const int64_t slot = (chunk.row * p.shape.HV + head) * w.decay_slots + chunk.decay_slot;
+    write_chunk_decay(s, reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + w.chunk_decay) + slot * Config::kHeadDim);
+  }
   __syncthreads();  // all factors, before their readers
   Scores scores = {};
-  multiply_factors(scores, s.factors, strip);
+  multiply_far_and_near(scores, s, strip);
   const int block = strip.warp >> 1;
   if (s.spans_too_far[2 * block] || s.spans_too_far[2 * block + 1]) {
-    pairwise_diagonal(scores.diagonal, s, q, k, g, strip);
+    pairwise_diagonal(scores.diagonal, s, in.q, in.k, g, strip);
   } else {
-    const auto& diagonal = s.diagonal[block].factors;
-    score_block(scores.diagonal, shared_address(strip.warp & 1 ? diagonal.k : diagonal.q), shared_address(diagonal.c), strip.lane);
+    score_block(scores.diagonal, factor_tile(s, block, strip.warp & 1 ? Config::kDiagonalK : Config::kDiagonalQ),
+                factor_tile(s, block, Config::kDiagonalC), strip.lane);
   }
   __syncthreads();  // the factors have been read: their memory becomes the matrices
   clear_upper_blocks(s.matrices, strip);
   store_scores(s, scores, strip);
+}
+
+// The second half: the inverse, and both matrices to memory.
+__device__ __forceinline__ void invert(Config::Shared& s, int length, uint8_t* operands) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   __syncthreads();  // A_kk complete, before the substitution reads it
   if (threadIdx.x < kChunk) invert_diagonal_block(s.matrices.A_kk, s.matrices.A_kk_inv, threadIdx.x / 16, threadIdx.x % 16);
   __syncthreads();  // diagonal blocks of the inverse, before the merges
-  merge_blocks(s.matrices.A_kk, s.matrices.A_kk_inv, strip.warp, strip.lane);
+  merge_blocks(s.matrices.A_kk, s.matrices.A_kk_inv, warp, lane);
   __syncthreads();  // the whole inverse, before it is written out
-  write_matrices(s, operands, chunk.length);
+  write_matrices(s, operands, length);
   __syncthreads();  // shared memory has been read, before the next chunk overwrites it
 }
 
+// The CTA's share of the items: it counts through the heads of a chunk, then the chunks, in steps of the grid's size, which
+// are a fixed number of each.
+struct Items {
+  const ForwardParams& p;
+  const ForwardWorkspace& w;
+  uint32_t heads, chunks, index, head;
+
+  __device__ Items(const ForwardParams& params, const ForwardWorkspace& workspace) : p(params), w(workspace) {
+    const uint8_t* bytes = static_cast<const uint8_t*>(p.workspace);
+    const bool table = p.shape.has_segment_ids;
+    const int64_t most = table ? p.shape.B * p.shape.T : p.shape.B * ((p.shape.T + kChunk - 1) / kChunk);  // below 2^31
+    chunks = static_cast<uint32_t>(table ? clamp_to(reinterpret_cast<const TableCounts*>(bytes + w.counts)->chunks, 0, most) : most);
+    heads = static_cast<uint32_t>(p.shape.HV);
+    index = blockIdx.x / heads;
+    head = blockIdx.x % heads;
+  }
+  __device__ bool left() const { return index < chunks; }
+  __device__ Chunk chunk() const {
+    if (!p.shape.has_segment_ids) return chunk_without_table(p.shape, index);
+    const ChunkEntry* entries = reinterpret_cast<const ChunkEntry*>(static_cast<const uint8_t*>(p.workspace) + w.chunk_table);
+    return chunk_from_entry(p.shape, entries[index]);
+  }
+  __device__ void advance() {
+    index += gridDim.x / heads;
+    head += gridDim.x % heads;
+    if (head < heads) return;
+    head -= heads;
+    ++index;
+  }
+  // The next chunk that is not padding; the output of padding is cleared on the way.
+  __device__ Chunk next_segment_chunk() {
+    for (; left(); advance()) {
+      const Chunk found = chunk();
+      if (!found.padding) return found;
+      clear_output(p, found, head);
+    }
+    return {};
+  }
+};
+
+template <DType kGateType>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     chunk_prepare_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ ForwardWorkspace w) {
   extern __shared__ uint8_t shared_bytes[];
   Config::Shared& s = *reinterpret_cast<Config::Shared*>(shared_bytes);
-  const char* workspace = static_cast<const char*>(p.workspace);
-  const bool table = p.shape.has_segment_ids;
-  const ChunkEntry* entries = reinterpret_cast<const ChunkEntry*>(workspace + w.chunk_table);
-  const int64_t most = p.shape.has_segment_ids ? p.shape.B * p.shape.T : p.shape.B * ((p.shape.T + kChunk - 1) / kChunk);
-  const int64_t chunks =
-      table ? clamp_to(reinterpret_cast<const TableCounts*>(workspace + w.counts)->chunks, 0, most) : most;
-  for (int64_t item = blockIdx.x; item < chunks * p.shape.HV; item += gridDim.x) {
-    const int64_t index = item / p.shape.HV, head = item % p.shape.HV;
-    const Chunk chunk = table ? chunk_from_entry(p.shape, entries[index]) : chunk_without_table(p.shape, index);
-    if (chunk.padding) {
-      clear_output(p, chunk, head);
-    } else {
-      prepare(s, p, w, chunk, head);
-    }
+  Items items(p, w);
+  Chunk chunk = items.next_segment_chunk();
+  Inputs<kGateType> in;
+  if (items.left()) load_inputs(in, p, chunk, items.head);
+  while (items.left()) {
+    const int64_t head = items.head, operand_row = (chunk.row * p.shape.HV + head) * p.shape.T + chunk.start;
+    const int length = chunk.length;
+    uint8_t* operands = static_cast<uint8_t*>(p.workspace) + w.operands + operand_row * kOperandBytes;
+    find_scores(s, in, p, w, chunk, head, operands);
+    items.advance();
+    chunk = items.next_segment_chunk();
+    if (items.left()) load_inputs(in, p, chunk, items.head);  // on their way while the matrices are inverted
+    invert(s, length, operands);
   }
 }
 

@@ -158,19 +158,12 @@ struct Consumer {
     }
   }
 
-  // r = V - P, rounded, in the operand order of the next product. Tokens two by two from the transposed rows of V.
-  __device__ void residual(uint32_t (&r)[16], const float (&projected)[32], const typename Config::Stage& stage) const {
+  // Tokens two by two from the transposed rows of V, in the order of accumulators.
+  __device__ void load_values_transposed(uint32_t (&values)[4][4], const typename Config::Stage& stage) const {
     const int token = 8 * (lane >> 4) + (lane & 7), piece = 2 * warp + ((lane >> 3) & 1);
     const uint32_t v = shared_address(stage.v[tile]) + swizzle128(token, piece);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      uint32_t pairs[4];
-      load_matrices_transposed(pairs, v + 16 * step * 128);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        r[4 * step + i] =
-            pack_bf16(bf16_low(pairs[i]) - projected[8 * step + 2 * i], bf16_high(pairs[i]) - projected[8 * step + 2 * i + 1]);
-    }
+    for (int step = 0; step < 4; ++step) load_matrices_transposed(values[step], v + 16 * step * 128);
   }
 
   __device__ void decay_state(const typename Config::Stage& stage) {
@@ -198,13 +191,13 @@ struct Consumer {
     }
     named_barrier(kConsumerBarrier + tile, 128);  // the warpgroup's columns are staged, before their rows are read
     const int thread = 32 * warp + lane;
-    uint8_t* to = static_cast<uint8_t*>(p.o) +
-                  ((header.token * p.shape.HV + header.head) * Config::kHeadDim + header.value_column + 64 * tile) * 2;
+    uint8_t* rows = static_cast<uint8_t*>(p.o) +
+                    ((header.token * p.shape.HV + header.head) * Config::kHeadDim + header.value_column + 64 * tile) * 2;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int row = 16 * n + (thread >> 3), column = thread & 7;
       if (row < header.length)
-        *reinterpret_cast<uint4*>(to + row * p.shape.HV * Config::kHeadDim * 2 + 16 * column) =
+        *reinterpret_cast<uint4*>(rows + row * p.shape.HV * Config::kHeadDim * 2 + 16 * column) =
             *reinterpret_cast<const uint4*>(staged + swizzle128(row, column));
     }
   }
@@ -223,17 +216,23 @@ struct Consumer {
     wgmma_fence();
     // Steps of 16 channels: 32 bytes along a row, then the next column half. Addresses count in 16 bytes.
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      product(projected, a, i, k_decayed + (i / 4) * 512 + (i % 4) * 2, i > 0);
+    for (int i = 0; i < 8; ++i) product(projected, a, i, k_decayed + (i / 4) * 512 + (i % 4) * 2, i > 0);
     wgmma_commit();
 #pragma unroll
     for (int i = 0; i < 8; ++i) product(o, a, i, q_decayed + (i / 4) * 512 + (i % 4) * 2, i > 0);
     wgmma_commit();
+    uint32_t values[4][4];
+    load_values_transposed(values, stage);
     wgmma_wait<1>();
     fence_registers(projected);
 
-    uint32_t r[16];
-    residual(r, projected, stage);
+    uint32_t r[16];  // V - P, rounded, in the operand order of the next product
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        r[4 * step + i] = pack_bf16(bf16_low(values[step][i]) - projected[8 * step + 2 * i],
+                                    bf16_high(values[step][i]) - projected[8 * step + 2 * i + 1]);
     float u[32];
     wgmma_fence();
 #pragma unroll
@@ -280,7 +279,7 @@ struct Consumer {
     while (true) {
       mbarrier_wait(&s.full[ring.stage], ring.parity);  // both loaders have filled the stage
       const ChunkHeader& header = s.stages[ring.stage].header;
-      if (header.length == 0) return;
+      if (header.length == 0) break;
       if (header.first) start(header);
       chunk(s.stages[ring.stage], &s.empty[ring.stage]);
       ring.advance();

@@ -1,0 +1,374 @@
+"""The two stages of the op, forward and backward, as JAX primitives.
+
+`forward` and `backward` are what the gradient rule calls. From the outside in, a call passes
+
+    custom_jvp         refuses to be differentiated, in words (the gradient rule sits above)
+    custom_vmap        folds a mapped axis into the batch axis and calls itself
+    _dispatch          Explicit mesh axes: shard_map; Auto: custom_partitioning; Manual: neither
+    the raw primitive  abstract evaluation, and one lowering rule per platform
+
+The primitive has to be raw. An `ffi_call` loses the manual axes of its operands' types, which
+breaks `shard_map(check_vma=True)`, and `lax.platform_dependent` does so too. Which
+implementation runs is settled in the lowering rules, so one traced program serves every platform.
+"""
+
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from . import _chunked, _extension, _support
+from ._problem import AXES, Problem
+
+# Stages that have a CUDA kernel. A stage that is not here is XLA on every platform: for now the
+# backward recomputes from the raw inputs with `_chunked.backward`, after a CUDA forward too.
+_FFI_TARGETS = {"forward": "jax_flashkda.forward"}
+
+# `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
+DISABLE_JAX_EXPORT_CHECKS = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(target) for target in _FFI_TARGETS.values()
+)
+
+_XLA = {"forward": _chunked.forward, "backward": _chunked.backward}
+
+
+def forward(problem: Problem, *operands):
+    """(o,) or (o, final_state) of the operands named by `problem.operand_names`."""
+    return _stage("forward", problem)(*operands)
+
+
+def backward(problem: Problem, *operands_and_cotangents):
+    """The gradients of `problem.differentiable_names`."""
+    return _stage("backward", problem)(*operands_and_cotangents)
+
+
+@functools.cache
+def _stage(stage, problem):
+    @custom_vmap
+    def call(*operands):
+        return _dispatch(stage, problem, *operands)
+
+    @call.def_vmap
+    def fold_into_batch(axis_size, in_batched, *operands):
+        folded = [
+            _fold(operand, axis_size, batched)
+            for operand, batched in zip(operands, in_batched, strict=True)
+        ]
+        results = tuple(_unfold(result, axis_size) for result in _stage(stage, problem)(*folded))
+        return results, (True,) * len(results)
+
+    @jax.custom_jvp
+    def reverse_mode_once(*operands):
+        return call(*operands)
+
+    @reverse_mode_once.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            "kimi_delta_attention supports reverse-mode differentiation, once: its gradient cannot "
+            "be differentiated again, neither forward (jax.jvp, jax.jacfwd, jax.hessian) nor in "
+            "reverse (jax.grad of jax.grad)."
+        )
+
+    return reverse_mode_once
+
+
+# ------------------------------------------------------------------------------------------ vmap
+
+
+def _fold(x, axis_size, batched):
+    # [X, B, ...] -> [B * X, ...], the mapped axis inside the batch: a batch that is split over
+    # devices stays where it is, while the other order would move every row.
+    if batched:
+        x = jnp.moveaxis(x, 0, 1)
+    else:
+        x = jnp.broadcast_to(x[:, None], (x.shape[0], axis_size, *x.shape[1:]))
+    return x.reshape(x.shape[0] * axis_size, *x.shape[2:])
+
+
+def _unfold(x, axis_size):
+    x = x.reshape(x.shape[0] // axis_size if axis_size else 0, axis_size, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+# -------------------------------------------------------------------------------------- sharding
+#
+# Rows of the batch and heads are independent, so both are split over devices with no collective.
+# T, K, V and N stay whole: a call that splits them is gathered. With grouped values (HV > H) a
+# device that holds a q/k head holds its value heads too. Value heads split more ways than there
+# are q/k heads cannot be placed so: the mesh axes that are too many are gathered, which costs an
+# all-gather of every operand with heads over them, and the same work on each of their devices.
+# Repeating q and k to HV heads first avoids that, at HV / H times their memory.
+
+
+def _dispatch(stage, problem, *operands):
+    mesh = _mesh(operands)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if AxisType.Explicit in types.values():
+        return _shard_mapped(stage, problem, mesh, operands)
+    if types and all(kind == AxisType.Manual for kind in types.values()):
+        return _bind(stage, problem, *operands)
+    devices = math.prod(mesh.shape[name] for name in types if types[name] == AxisType.Auto)
+    return _partitioned(stage, problem, devices)(*operands)
+
+
+def _mesh(operands):
+    # Without jax.set_mesh the mesh of an Explicit axis is known to the arrays alone.
+    meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
+    return next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())
+
+
+def _bind(stage, problem, *operands):
+    return tuple(_PRIMITIVES[stage].bind(*vary_alike(operands), problem=problem))
+
+
+def vary_alike(operands):
+    """The operands, all varying over the manual mesh axes that any of them varies over.
+
+    The gradient rule calls this outside the custom_vjp: transposed, it is the sum over devices of
+    the gradient of an operand that they share, in the place where shard_map wants it.
+    """
+    varying = [_varying_axes(operand) for operand in operands]
+    union = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(operand, tuple(sorted(union - own)), to="varying") if union - own else operand
+        for operand, own in zip(operands, varying, strict=True)
+    )
+
+
+def _varying_axes(x):
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):  # what newer JAX calls `vma`
+        return frozenset(aval.manual_axis_type.varying)
+    return frozenset(aval.vma)
+
+
+def _spec(name, batch, heads):
+    axes = {"B": batch, "H": heads, "HV": heads}
+    return P(*(axes.get(axis) or None for axis in AXES[name]))
+
+
+def _split(problem, operands, shardings):
+    """The mesh axes (batch, heads) to split operands over that arrive with these NamedShardings."""
+    batch, heads = (), ()
+    # Value heads first: they are what there is most of.
+    arrived = zip(problem.operand_names, shardings, strict=False)
+    for name, sharding in sorted(arrived, key=lambda item: item[0] in ("q", "k")):
+        for axis, entry in zip(AXES[name], sharding.spec, strict=False):
+            entry = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            if axis == "B":
+                batch = batch or entry
+            elif axis in ("H", "HV"):
+                heads = heads or entry
+    heads = tuple(axis for axis in heads if axis not in batch)
+    H, mesh = problem.sizes(operands)["H"], shardings[0].mesh
+    while H % math.prod(mesh.shape[axis] for axis in heads):
+        heads = heads[:-1]
+    return batch, heads
+
+
+def shard_alike(problem, operands):
+    """The operands of an Explicit mesh with batch and heads split alike and nothing else split.
+
+    The gradient rule calls this outside the custom_vjp, whose gradients must have exactly the
+    shardings of its operands.
+    """
+    mesh = _mesh(operands)
+    if AxisType.Explicit not in mesh.axis_types:
+        return operands
+    names, _ = problem.signature("backward")
+    batch, heads = _split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
+    return tuple(
+        jax.sharding.reshard(operand, NamedSharding(mesh, _spec(name, batch, heads)))
+        for name, operand in zip(names, operands, strict=False)
+    )
+
+
+def _shard_mapped(stage, problem, mesh, operands):
+    operands = shard_alike(problem, operands)
+    operand_names, result_names = problem.signature(stage)
+    batch, heads = _split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    mapped = jax.shard_map(
+        functools.partial(_dispatch, stage, problem),
+        mesh=mesh,
+        in_specs=tuple(_spec(name, batch, heads) for name in operand_names),
+        out_specs=tuple(_spec(name, batch, heads) for name in result_names),
+        axis_names={name for name, kind in types if kind == AxisType.Explicit},
+    )
+    return mapped(*operands)
+
+
+@functools.cache
+def _partitioned(stage, problem, devices):
+    """The stage under Auto mesh axes, which are `devices` devices altogether."""
+    operand_names, result_names = problem.signature(stage)
+    bind = functools.partial(_bind, stage, problem)
+
+    def partition(mesh, operands, results):
+        del results  # XLA moves them from where they are computed to where they are wanted
+        if mesh.empty:
+            grid, batch, heads = _unnamed_split(problem, operands, devices)
+        else:
+            shardings = [operand.sharding for operand in operands]
+            grid, (batch, heads) = mesh, _split(problem, operands, shardings)
+        placed = {
+            name: NamedSharding(grid, _spec(name, batch, heads))
+            for name in operand_names + result_names
+        }
+        results_placed = tuple(placed[name] for name in result_names)
+        return mesh, bind, results_placed, tuple(placed[name] for name in operand_names)
+
+    def sharding_rule(mesh, operand_types, result_types):
+        # Value heads are a factor of their own when they are grouped: tied to the q/k heads, an
+        # axis larger than H would be cut into parts that no NamedSharding can name. `partition`
+        # makes both agree.
+        q, v = operand_types[0].shape, operand_types[2].shape
+        factors = {"HV": "h" if q[2] == v[2] else "w"}
+        names = operand_names + result_names
+        terms = [" ".join(factors.get(x, x.lower()) for x in AXES[name]) for name in names]
+        used = {axis for name in names for axis in AXES[name]}
+        left, right = terms[: len(operand_names)], terms[len(operand_names) :]
+        whole = tuple(axis.lower() for axis in "TKVN" if axis in used)
+        return f"{', '.join(left)} -> {', '.join(right)}", {"need_replication_factors": whole}
+
+    call = custom_partitioning(bind)
+    call.def_partition(partition, sharding_rule=sharding_rule)
+    return call
+
+
+def _unnamed_split(problem, operands, devices):
+    """A mesh and its axes (batch, heads) to split over when JAX can name no axes of the real one.
+
+    That is so in a partly manual shard_map, and where a mesh is known to nothing but jax.set_mesh.
+    Any placement is right that all arrays share. This one keeps the number of ways that v arrives
+    split, with the batch as the outer axis of the mesh as is usual, and then nothing moves.
+    """
+    v = operands[2]
+    local = v.sharding.shard_shape(v.shape)
+    batch, heads = v.shape[0] // local[0], v.shape[2] // local[2]
+    if problem.sizes(operands)["H"] % heads:
+        heads = 1
+    known = sorted(v.sharding.device_set, key=lambda device: device.id)
+    grid = np.array(known[:devices]).reshape(batch, heads, -1)
+    return jax.sharding.Mesh(grid, ("batch", "heads", "copies")), ("batch",), ("heads",)
+
+
+# ---------------------------------------------------------------------------- the raw primitives
+
+
+def _abstract(stage, *operands, problem):
+    # Results are updated operands, never fresh types: these keep the manual axes of shard_map.
+    named = problem.named(operands)
+    _, result_names = problem.signature(stage)
+    if stage == "backward":
+        return [named[name].update(weak_type=False) for name in result_names]
+    sizes, v = problem.sizes(operands), named["v"]
+    dtypes = {"o": v.dtype, "final_state": np.promote_types(v.dtype, np.float32)}
+    return [
+        v.update(
+            shape=tuple(sizes[axis] for axis in AXES[name]), dtype=dtypes[name], weak_type=False
+        )
+        for name in result_names
+    ]
+
+
+def _lower_xla(stage, ctx, *operands, problem):
+    # On plain types and with no mesh: what runs here is a computation of one device, and its loops,
+    # whose carries start as constants, could not be typed with the manual or explicit axes around.
+    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    lower = mlir.lower_fun(functools.partial(_XLA[stage], problem))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return lower(ctx.replace(avals_in=plain), *operands)
+
+
+def _lower_default(stage, ctx, *operands, problem):
+    if problem.implementation == "cuda":
+        raise NotImplementedError(
+            'implementation="cuda" is lowered for a platform other than cuda, where the kernels '
+            'cannot run; implementation=None or "xla" runs there.'
+        )
+    return _lower_xla(stage, ctx, *operands, problem=problem)
+
+
+def _lower_cuda(stage, ctx, *operands, problem):
+    sizes = problem.sizes(ctx.avals_in)
+    empty = 0 in sizes.values()  # nothing to launch: the results are zeros and the states as given
+    if not _kernels_run(problem, ctx.avals_in) or stage not in _FFI_TARGETS or empty:
+        return _lower_xla(stage, ctx, *operands, problem=problem)
+    _extension.register()
+    workspace_bytes = _extension.workspace_bytes(
+        stage, **sizes, has_segment_ids=problem.has_segment_ids
+    )
+    # Scratch memory is a result that nobody sees: a handler that allocated could not be captured
+    # in a command buffer.
+    workspace = jax.core.ShapedArray((workspace_bytes,), np.uint8)
+    rule = jax.ffi.ffi_lowering(_FFI_TARGETS[stage])
+    results = rule(
+        ctx.replace(avals_out=[*ctx.avals_out, workspace]), *operands, **_attributes(problem)
+    )
+    return results[:-1]
+
+
+def _kernels_run(problem, operands):
+    """Whether the CUDA kernels run this call on the NVIDIA GPUs it is lowered for."""
+    if problem.implementation == "xla":
+        return False
+    reasons = "; ".join(_support.unsupported_reasons(problem, operands))
+    if reasons and problem.implementation == "cuda":
+        raise NotImplementedError(
+            f'implementation="cuda" cannot run this call: {reasons}. '
+            'implementation=None or "xla" runs it on XLA.'
+        )
+    if reasons:
+        _warn_once(f"kimi_delta_attention uses XLA on an NVIDIA GPU: {reasons}.")
+    return not reasons
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _attributes(problem):
+    """What the handler has to know beyond the operands, in the exact types that it decodes."""
+    gates = {"log_decay": 0, "softplus": 1, "bounded": 2}
+    padding = problem.padding_segment_id
+    return dict(
+        gate=np.int32(gates[problem.gate]),
+        gate_lower_bound=np.float32(problem.gate_lower_bound),
+        beta_is_logits=np.bool_(problem.beta_is_logits),
+        allow_neg_eigval=np.bool_(problem.allow_neg_eigval),
+        qk_l2norm=np.bool_(problem.qk_l2norm),
+        scale=np.float32(problem.scale),
+        has_padding_segment_id=np.bool_(padding is not None),
+        padding_segment_id=np.int32(0 if padding is None else padding),
+        max_segments=np.int64(problem.max_segments),
+        has_A_log=np.bool_(problem.has_A_log),
+        has_dt_bias=np.bool_(problem.has_dt_bias),
+        has_initial_state=np.bool_(problem.has_initial_state),
+        has_segment_ids=np.bool_(problem.has_segment_ids),
+        return_final_state=np.bool_(problem.return_final_state),
+    )
+
+
+def _primitive(stage):
+    primitive = Primitive(f"kda_{stage}")
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(functools.partial(_abstract, stage))
+    # Outside jit a call compiles itself; bind under jit only traces.
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="problem"))
+    mlir.register_lowering(primitive, functools.partial(_lower_default, stage))
+    mlir.register_lowering(primitive, functools.partial(_lower_cuda, stage), platform="cuda")
+    return primitive
+
+
+_PRIMITIVES = {stage: _primitive(stage) for stage in ("forward", "backward")}

@@ -1,0 +1,84 @@
+"""Whether the CUDA kernels run a call, and if not every reason why not.
+
+The compiled kernels declare what they take (`_extension.variants()`) and a call is compared with
+that table, so that a new row in it needs no edit here.
+"""
+
+import jax
+import numpy as np
+
+from . import _extension
+from ._problem import Problem
+
+# Kernels number tokens, heads of rows and state slots with 32 bits; byte offsets are 64-bit.
+_COUNT_LIMIT = 2**31
+_COUNTS = {
+    ("B", "T"): "split the batch",
+    ("B", "HV"): "split the batch",
+    ("B", "HV", "N"): "lower max_segments or split the batch",
+}
+
+
+def unsupported_reasons(
+    problem: Problem, operands, compute_capability: str | None = None
+) -> tuple[str, ...]:
+    """Why the kernels cannot run this call; empty if they can.
+
+    `operands` are those of `problem.operand_names`, or anything with their shapes and dtypes.
+    Without `compute_capability` ("9.0") those of all local CUDA devices count, and where there are
+    none the compiled architectures are assumed: the handler refuses others by name.
+    """
+    missing = _extension.missing_reason()
+    if missing is not None:
+        return (missing,)
+    variants = _extension.variants()
+    capabilities = [compute_capability] if compute_capability else _local_compute_capabilities()
+    reasons = []
+    for capability in capabilities or [None]:
+        compiled = [row for row in variants if capability in (None, _capability(row))]
+        if compiled:
+            reasons += _mismatches(problem.named(operands), compiled)
+        else:
+            known = _listed(_capability(row) for row in variants)
+            reasons.append(f"the kernels are for compute capability {known}, not {capability}")
+    sizes = problem.sizes(operands)
+    for axes, remedy in _COUNTS.items():
+        count = int(np.prod([sizes[axis] for axis in axes], dtype=object))
+        if count >= _COUNT_LIMIT:
+            reasons.append(f"{' * '.join(axes)} is {count}, must be below 2^31: {remedy}")
+    return tuple(dict.fromkeys(reasons))
+
+
+def _mismatches(named, variants):
+    """What of the call no row takes, compared with the rows that come nearest to it."""
+    dtypes = {name: np.dtype(named[name].dtype).name for name in ("v", "g", "beta")}
+    K, V = named["k"].shape[-1], named["v"].shape[-1]
+    same_dims = [row for row in variants if (row["K"], row["V"]) == (K, V)]
+    if not same_dims:
+        dims = _listed(f"K = {row['K']}, V = {row['V']}" for row in variants)
+        yield f"there is no kernel for head dims K = {K}, V = {V} (compiled: {dims})"
+    nearest = same_dims or variants
+    takes_qkv = [row for row in nearest if row["qkv_dtype"] == dtypes["v"]]
+    if not takes_qkv:
+        taken = _listed(row["qkv_dtype"] for row in nearest)
+        yield f"q, k, v are {dtypes['v']}, the kernels take {taken}"
+    for name in ("g", "beta"):
+        taken = [dtype for row in takes_qkv or nearest for dtype in row[f"{name}_dtypes"]]
+        if dtypes[name] not in taken:
+            yield f"{name} is {dtypes[name]}, the kernels take {_listed(taken)}"
+
+
+def _local_compute_capabilities():
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:  # this process has no CUDA backend
+        return []
+    return sorted({device.compute_capability for device in devices})
+
+
+def _capability(row):
+    return f"{row['arch'] // 10}.{row['arch'] % 10}"
+
+
+def _listed(items):
+    return " or ".join(sorted(set(items)))

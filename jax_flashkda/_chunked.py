@@ -21,6 +21,7 @@ from ._segments import CHUNK
 # exp(-110) is 0 in fp32: a stronger decay changes nothing, and -inf becomes a plain reset.
 MIN_LOG_DECAY = -110.0
 L2NORM_EPS = 1e-6
+SUB_BLOCK = 16
 
 _TOKEN_OPERANDS = ("q", "k", "v", "g", "beta")
 
@@ -151,11 +152,11 @@ def _chunk(problem: Problem, mask, tile, parameters, state):
     precision = lax.Precision.DEFAULT if tile[2].dtype.itemsize == 2 else lax.Precision.HIGHEST
     einsum = functools.partial(jnp.einsum, precision=precision)
     q, k, v, log_decay, beta = _inputs(problem, mask, tile, parameters, dtype)
-    A_qk, A_kk_inv, G, remaining = _intra_chunk(q, k, log_decay, beta, einsum)
+    A_qk, A_kk, inverses, G, remaining = _intra_chunk(q, k, log_decay, beta, einsum)
 
     decay = jnp.exp(G)
     residual = beta[..., None] * (v - einsum("bhck,bhkv->bhcv", k * decay, state))
-    U = einsum("bhij,bhjv->bhiv", A_kk_inv, residual)
+    U = _solve(A_kk, inverses, residual)
     o = einsum("bhck,bhkv->bhcv", q * decay, state) + einsum("bhij,bhjv->bhiv", A_qk, U)
     state = decay[..., -1, :, None] * state + einsum("bhck,bhcv->bhkv", k * jnp.exp(remaining), U)
     return jnp.moveaxis(o, 1, 2).astype(tile[2].dtype), state
@@ -200,42 +201,94 @@ def _log_decay(problem: Problem, g, parameters, dtype):
 
 
 def _intra_chunk(q, k, log_decay, beta, einsum):
-    """A_qk [.., C, C], (I + A_kk)^-1 [.., C, C], and the log decay up to and after each token, [.., C, K] both.
+    """A_qk, A_kk (with beta), inverses of the diagonal blocks of I + A_kk, and the log decay up to
+    and after each token.
 
-    Built bottom-up, blocks of m tokens merging into blocks of 2 m. The scores between the halves of a block meet at its
-    middle: rows carry the decay since there, columns the decay until there, so every exponent is a sum of log decays and
-    never positive, whatever the gate, and no difference of long sums is taken. The inverse merges along, as
+    Built bottom-up, blocks of m tokens merging into blocks of 2 m. The scores between the halves of
+    a block meet at its middle: rows carry the decay since there, columns the decay until there, so
+    every exponent is a sum of log decays and never positive, whatever the gate, and no difference
+    of long sums is taken. Inverses merge along up to SUB_BLOCK, as
         [[X, 0], [C, Y]]^-1 = [[X^-1, 0], [-Y^-1 C X^-1, Y^-1]],
     which is forward substitution by blocks and stays exact for keys of any correlation.
     """
     lead, C = k.shape[:-2], k.shape[-2]
-    merge = functools.partial(jnp.einsum, "...ij,...jk->...ik", precision=lax.Precision.HIGHEST)
-    until, after = (
-        log_decay,
-        jnp.zeros_like(log_decay),
-    )  # within the block: up to and with the token, and after it
+    # The log decay within the block, up to and with each token, and after it.
+    until, after = log_decay, jnp.zeros_like(log_decay)
     A_qk = jnp.sum(q * k, axis=-1).reshape(*lead, C, 1, 1)
-    A_kk_inv = jnp.ones_like(A_qk)
+    A_kk, inverses = jnp.zeros_like(A_qk), jnp.ones_like(A_qk)
     m = 1
     while m < C:
-        halves = lambda x: x.reshape(*lead, C // (2 * m), 2, m, x.shape[-1])
+
+        def halves(x, rows=m):
+            return x.reshape(*lead, C // (2 * rows), 2, rows, x.shape[-1])
+
         q2, (k1, k2) = halves(q)[..., 1, :, :], _unstack(halves(k))
         until1, until2 = _unstack(halves(until))
         after1, after2 = _unstack(halves(after))
         since_middle = jnp.exp(until2)
         rows = jnp.concatenate([q2 * since_middle, k2 * since_middle], axis=-2)
         scores = einsum("...ik,...jk->...ij", rows, k1 * jnp.exp(after1))
-        A_kk = halves(beta[..., None])[..., 1, :, :] * scores[..., m:, :]
-
-        (qk1, qk2), (inv1, inv2) = (
-            _unstack(x.reshape(*lead, C // (2 * m), 2, m, m)) for x in (A_qk, A_kk_inv)
-        )
-        A_qk = _lower_blocks(qk1, scores[..., :m, :], qk2)
-        A_kk_inv = _lower_blocks(inv1, -merge(inv2, merge(A_kk, inv1)), inv2)
-        until = jnp.stack([until1, until1[..., -1:, :] + until2], axis=-3).reshape(log_decay.shape)
-        after = jnp.stack([after1 + until2[..., -1:, :], after2], axis=-3).reshape(log_decay.shape)
+        kk = halves(beta[..., None])[..., 1, :, :] * scores[..., m:, :]
+        if 2 * m <= SUB_BLOCK:
+            X, Y = _unstack(halves(inverses))
+            # Their gradient is not taken here: `_solve` knows a better way.
+            lower = -_product(Y, _product(lax.stop_gradient(kk), X))
+            inverses = _lower_blocks(halves(inverses), lower)
+        A_qk = _lower_blocks(halves(A_qk), scores[..., :m, :])
+        A_kk = _lower_blocks(halves(A_kk), kk)
+        until = jnp.stack([until1, until1[..., -1:, :] + until2], axis=-3).reshape(k.shape)
+        after = jnp.stack([after1 + until2[..., -1:, :], after2], axis=-3).reshape(k.shape)
         m *= 2
-    return A_qk.reshape(*lead, C, C), A_kk_inv.reshape(*lead, C, C), until, after
+    A_qk, A_kk = (x.reshape(*lead, C, C) for x in (A_qk, A_kk))
+    return A_qk, A_kk, inverses, until, after
+
+
+@jax.custom_vjp
+def _solve(A_kk, inverses, residual):
+    """U = (I + A_kk)^-1 residual, by forward substitution over blocks of SUB_BLOCK rows.
+
+    Differentiated as the solution it is: W = (I + A_kk)^-T dU by back substitution, and then
+    d_residual = W, d_A_kk = -W U^T. Neither direction forms the whole inverse, and the gradient of
+    the inverse is never formed: for keys that repeat its entries are far larger than the result.
+    """
+    blocks = _row_blocks(residual)
+    U = []
+    for i, X in enumerate(_matrices(inverses)):
+        rows = A_kk[..., i * SUB_BLOCK : (i + 1) * SUB_BLOCK, :]
+        for j in range(i):
+            blocks[i] -= _product(rows[..., j * SUB_BLOCK : (j + 1) * SUB_BLOCK], U[j])
+        U.append(_product(X, blocks[i]))
+    return jnp.concatenate(U, axis=-2)
+
+
+def _solve_fwd(A_kk, inverses, residual):
+    U = _solve(A_kk, inverses, residual)
+    return U, (A_kk, inverses, U)
+
+
+def _solve_bwd(saved, dU):
+    A_kk, inverses, U = saved
+    transposed = jnp.flip(jnp.swapaxes(A_kk, -1, -2), (-2, -1))
+    # Back substitution is forward substitution with rows and columns in reverse order.
+    reversed_inverses = jnp.flip(jnp.swapaxes(inverses, -1, -2), (-3, -2, -1))
+    W = jnp.flip(_solve(transposed, reversed_inverses, jnp.flip(dU, -2)), -2)
+    return -jnp.tril(_product(W, jnp.swapaxes(U, -1, -2)), -1), jnp.zeros_like(inverses), W
+
+
+_solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def _product(a, b):
+    """Matrix product in fp32 (or fp64): what belongs to the solve is never rounded."""
+    return jnp.einsum("...ij,...jk->...ik", a, b, precision=lax.Precision.HIGHEST)
+
+
+def _row_blocks(x):
+    return list(jnp.split(x, x.shape[-2] // SUB_BLOCK, axis=-2))
+
+
+def _matrices(x):
+    return [x[..., i, :, :] for i in range(x.shape[-3])]
 
 
 def _unstack(x):
@@ -243,10 +296,11 @@ def _unstack(x):
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def _lower_blocks(a, b, c):
-    """[[a, 0], [b, c]]"""
+def _lower_blocks(diagonal, lower):
+    """[[a, 0], [lower, b]] from the diagonal blocks [.., 2, m, m] and the block below them."""
+    a, b = _unstack(diagonal)
     top = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([b, c], axis=-1)], axis=-2)
+    return jnp.concatenate([top, jnp.concatenate([lower, b], axis=-1)], axis=-2)
 
 
 def _compute_dtype(dtype):

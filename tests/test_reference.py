@@ -64,13 +64,17 @@ def test_chunked_gradients_equal_recurrent():
 
     expected = loss(reference.recurrent)(inputs, rest)
     for a, b in zip(
-        jax.tree.leaves(loss(reference.chunked)(inputs, rest)), jax.tree.leaves(expected), strict=True
+        jax.tree.leaves(loss(reference.chunked)(inputs, rest)),
+        jax.tree.leaves(expected),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def test_gradients_equal_finite_differences():
-    case = Case(T=5, B=1, H=1, HV=2, K=3, V=2, initial_state=True, A_log=True, dt_bias=True, gate="softplus")
+    case = Case(
+        T=5, B=1, H=1, HV=2, K=3, V=2, initial_state=True, A_log=True, dt_bias=True, gate="softplus"
+    )
     inputs, rest = arguments(case)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (inputs, rest))

@@ -39,7 +39,9 @@ def imported_modules(path):
                 found |= {inner.split(".")[0]} if inner else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {
-                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jax_flashkda.")
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("jax_flashkda.")
             }
     return found
 

@@ -3,3 +3,20 @@
 from . import reference as reference
 from ._kda import kimi_delta_attention as kimi_delta_attention
 from ._kda import supported as supported
+from ._packing import PackedDocuments as PackedDocuments
+from ._packing import cu_seqlens_to_segment_ids as cu_seqlens_to_segment_ids
+from ._packing import lengths_to_segment_ids as lengths_to_segment_ids
+from ._packing import pack_documents as pack_documents
+from ._packing import segment_ids_to_cu_seqlens as segment_ids_to_cu_seqlens
+from ._packing import segment_ids_to_lengths as segment_ids_to_lengths
+from ._primitives import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
+from ._short_conv import short_conv as short_conv
+
+
+def __getattr__(name):
+    # The layer alone needs flax, which is an optional dependency: it is imported when asked for.
+    if name == "KimiDeltaAttention":
+        from ._layer import KimiDeltaAttention
+
+        return KimiDeltaAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

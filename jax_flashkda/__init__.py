@@ -16,7 +16,12 @@ from ._short_conv import short_conv as short_conv
 def __getattr__(name):
     # The layer alone needs flax, which is an optional dependency: it is imported when asked for.
     if name == "KimiDeltaAttention":
-        from ._layer import KimiDeltaAttention
-
+        try:
+            from ._layer import KimiDeltaAttention
+        except ModuleNotFoundError as error:
+            if error.name != "flax":
+                raise
+            message = "KimiDeltaAttention needs flax: pip install 'jax_flashkda[flax]'"
+            raise ImportError(message) from error
         return KimiDeltaAttention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,15 +6,14 @@
 
 namespace jax_flashkda {
 
-// Per channel and head, folded so that the hot loop is one multiply-add ahead of the special functions.
+// Per channel and head (a is exp(A_log)), folded so that the hot loop is one multiply-add ahead of the special functions.
 struct GateCoefficients {
   float slope;
   float offset;
   float amplitude;
 };
 
-__device__ __forceinline__ GateCoefficients gate_coefficients(Gate gate, float A_log, float dt_bias, float gate_lower_bound) {
-  const float a = expf(A_log);
+__device__ __forceinline__ GateCoefficients gate_coefficients(Gate gate, float a, float dt_bias, float gate_lower_bound) {
   if (gate == Gate::kSoftplus) return {kLog2E, dt_bias * kLog2E, -a};
   if (gate == Gate::kBounded) return {-a * kLog2E, -a * kLog2E * dt_bias, gate_lower_bound * kLog2E};
   return {kLog2E, 0.0f, 0.0f};

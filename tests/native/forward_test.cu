@@ -286,6 +286,7 @@ std::vector<Case> cases(bool quick) {
   list.push_back(packed_case("extreme ids", 1, 1, 3, ids_from_lengths({{INT32_MAX, 33}, {INT32_MIN, 7}, {INT32_MAX, 65}, {-5, 1}, {17, 100}})));
   list.push_back(packed_case("all padding", 1, 2, 2, ids_from_lengths({{0, 40}, {-1, 60}})));
   list.push_back(packed_case("one segment, slots to spare", 1, 1, 3, ids_from_lengths({{4, 100}})));
+  list.push_back(make_case("80 heads: whole heads, several chunks a CTA", raw_shape(G::kSoftplus, 1, 280, 80, 80)));
   if (quick) return list;
   {
     std::mt19937 generator(3);

@@ -34,9 +34,13 @@ struct Config {
       uint8_t factors[kFactorTiles][kTileBytes];
       Matrices matrices;
     };
-    float strip_decay[kStrips][kHeadDim];  // log2 decay of a whole strip
+    alignas(16) float strip_decay[kStrips][kHeadDim];  // log2 decay of a whole strip
     float norms[kStrips][2 * kStrip];      // factors of q, then of k
-    float beta[kChunk];
+    struct alignas(16) Scalars {
+      float beta[kChunk];
+      float dt_bias[kHeadDim];
+      float amplitude;  // exp(A_log)
+    } scalars[2];       // of this chunk and the next, in turns
     bool spans_too_far[kStrips];           // the strip decays too far for a reference point at its end
   };
 };

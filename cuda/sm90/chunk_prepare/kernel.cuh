@@ -49,9 +49,7 @@ struct Inputs {
   using GateWord = std::conditional_t<kGateType == DType::kBF16, uint2, uint4>;  // 4 channels
   Rows q, k;
   GateWord g[Config::kStrip];
-  uint32_t A_log;
-  uint4 dt_bias;
-  uint32_t beta;  // threads 0 .. 63: of that token
+  uint32_t scalar;  // threads 0 .. 127: dt_bias of that channel; 128 .. 191: beta of a token; 192: A_log
 };
 
 template <class Word>
@@ -61,38 +59,53 @@ __device__ __forceinline__ void load_rows(Word (&x)[Config::kStrip], const void*
   const int64_t stride = heads * Config::kHeadDim * kBytes;
   if (rows == Config::kStrip) {
 #pragma unroll
-    for (int r = 0; r < Config::kStrip; ++r) x[r] = load_early(reinterpret_cast<const Word*>(from + r * stride));
+    for (int r = 0; r < Config::kStrip; ++r) {
+      x[r] = load_early(reinterpret_cast<const Word*>(from));
+      from += stride;
+      asm volatile("" : "+l"(from));  // one running pointer: eight of them at once would not fit beside the loads
+    }
   } else {
 #pragma unroll
     for (int r = 0; r < Config::kStrip; ++r) {
       x[r] = Word{};
-      if (r < rows) x[r] = load_early(reinterpret_cast<const Word*>(from + r * stride));
+      if (r < rows) x[r] = load_early(reinterpret_cast<const Word*>(from));
+      from += stride;
+      asm volatile("" : "+l"(from));
     }
+  }
+}
+
+__device__ __forceinline__ uint32_t load_scalar(const ForwardParams& p, const Chunk& chunk, int64_t head) {
+  const int64_t gate_head = chunk.row * p.shape.HV + head;
+  const int thread = threadIdx.x, token = thread - Config::kHeadDim;
+  if (token < 0) return p.dt_bias != nullptr ? load_early(reinterpret_cast<const uint32_t*>(p.dt_bias + gate_head * Config::kHeadDim + thread)) : 0;
+  if (token == kChunk) return p.A_log != nullptr ? load_early(reinterpret_cast<const uint32_t*>(p.A_log + gate_head)) : 0;
+  if (token >= chunk.length) return 0;
+  const int64_t at = (chunk.row * p.shape.T + chunk.start + token) * p.shape.HV + head;
+  if (p.beta_dtype == DType::kBF16) return load_early(static_cast<const uint16_t*>(p.beta) + at);
+  return load_early(static_cast<const uint32_t*>(p.beta) + at);
+}
+
+__device__ __forceinline__ void publish_scalar(Config::Shared::Scalars& s, uint32_t scalar, const ForwardParams& p, int length) {
+  const int thread = threadIdx.x, token = thread - Config::kHeadDim;
+  if (token < 0) {
+    s.dt_bias[thread] = __uint_as_float(scalar);
+  } else if (token < kChunk) {
+    const float beta = __uint_as_float(p.beta_dtype == DType::kBF16 ? scalar << 16 : scalar);
+    s.beta[token] = token < length ? beta_value(beta, p.beta_is_logits, p.allow_neg_eigval) : 0.0f;
+  } else if (token == kChunk) {
+    s.amplitude = expf(__uint_as_float(scalar));
   }
 }
 
 template <DType kGateType>
 __device__ __forceinline__ void load_inputs(Inputs<kGateType>& in, const ForwardParams& p, const Chunk& chunk, int64_t head) {
   const Strip strip = strip_of(p.shape, chunk);
-  const int64_t HV = p.shape.HV, qk_row = strip.token * p.shape.H + query_head(p.shape, head);
-  load_rows(in.g, p.g, strip.token * HV + head, HV, strip.channel, strip.rows);
+  const int64_t qk_row = strip.token * p.shape.H + query_head(p.shape, head);
+  in.scalar = load_scalar(p, chunk, head);
+  load_rows(in.g, p.g, strip.token * p.shape.HV + head, p.shape.HV, strip.channel, strip.rows);
   load_rows(in.k, p.k, qk_row, p.shape.H, strip.channel, strip.rows);
   load_rows(in.q, p.q, qk_row, p.shape.H, strip.channel, strip.rows);
-  const int64_t gate_head = chunk.row * HV + head;
-  in.A_log = 0;
-  if (p.A_log != nullptr) in.A_log = load_early(reinterpret_cast<const uint32_t*>(p.A_log + gate_head));
-  in.dt_bias = uint4{};
-  if (p.dt_bias != nullptr)
-    in.dt_bias = load_early(reinterpret_cast<const uint4*>(p.dt_bias + gate_head * Config::kHeadDim + strip.channel));
-  in.beta = 0;
-  if (threadIdx.x < chunk.length) {
-    const int64_t at = (chunk.row * p.shape.T + chunk.start + threadIdx.x) * HV + head;
-    if (p.beta_dtype == DType::kBF16) {
-      in.beta = load_early(static_cast<const uint16_t*>(p.beta) + at);
-    } else {
-      in.beta = load_early(static_cast<const uint32_t*>(p.beta) + at);
-    }
-  }
 }
 
 __device__ __forceinline__ void unpack_gate(float (&g)[4], uint2 x) {
@@ -118,13 +131,14 @@ __device__ __forceinline__ void decay_of_rows(DecayRows& g, const GateCoefficien
 
 // Raw gate to the running sum of the log2 decay from the strip's start. Missing tokens decay nothing.
 template <DType kGateType>
-__device__ __forceinline__ void cumulate_decay(DecayRows& g, const Inputs<kGateType>& in, const ForwardParams& p, const Strip& strip) {
+__device__ __forceinline__ void cumulate_decay(DecayRows& g, const Inputs<kGateType>& in, const Config::Shared::Scalars& s,
+                                               const ForwardParams& p, const Strip& strip) {
   float dt_bias[4];
-  unpack_gate(dt_bias, in.dt_bias);
+  unpack_gate(dt_bias, *reinterpret_cast<const uint4*>(&s.dt_bias[strip.channel]));
   GateCoefficients c[Config::kChannels];
 #pragma unroll
   for (int e = 0; e < Config::kChannels; ++e)
-    c[e] = gate_coefficients(p.gate, __uint_as_float(in.A_log), dt_bias[e], p.gate_lower_bound);
+    c[e] = gate_coefficients(p.gate, s.amplitude, dt_bias[e], p.gate_lower_bound);
 #pragma unroll
   for (int r = 0; r < Config::kStrip; ++r) unpack_gate(g[r], in.g[r]);
   if (p.gate == Gate::kSoftplus) {
@@ -342,14 +356,14 @@ __device__ __forceinline__ void store_A_kk(Config::Matrices& m, const float* s_b
   }
 }
 
-__device__ __forceinline__ void store_scores(Config::Shared& s, const Scores& scores, const Strip& strip) {
+__device__ __forceinline__ void store_scores(Config::Shared& s, const float* s_beta, const Scores& scores, const Strip& strip) {
   Config::Matrices& m = s.matrices;
   const int w = strip.warp, second = (w >> 1) & 1, lane = strip.lane;
   auto store = [&](bool of_q, const float(&c)[4], int row, int column) {
     if (of_q) {
       store_A_qk(m, c, row, column, lane);
     } else {
-      store_A_kk(m, s.beta, c, row, column, lane);
+      store_A_kk(m, s_beta, c, row, column, lane);
     }
   };
 #pragma unroll
@@ -375,7 +389,7 @@ __device__ __forceinline__ void clear_upper_blocks(Config::Matrices& m, const St
 }
 
 // A_qk and (I + A_kk)^-1 Diag(beta) to memory, the tokens that exist.
-__device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t* operands, int length) {
+__device__ __forceinline__ void write_matrices(const Config::Shared& s, const float* s_beta, uint8_t* operands, int length) {
   uint8_t* A_kk_inv = operands + kTileAkkInv * length * kTileRowBytes;
   uint8_t* A_qk = operands + kTileAqk * length * kTileRowBytes;
 #pragma unroll
@@ -383,7 +397,7 @@ __device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t*
     const int at = threadIdx.x + n * Config::kThreads, row = at >> 3, piece = at & 7;
     if (row >= length) continue;
     const float4* X = reinterpret_cast<const float4*>(s.matrices.A_kk_inv + matrix_at(row, 8 * piece));
-    const float4* beta = reinterpret_cast<const float4*>(s.beta + 8 * piece);
+    const float4* beta = reinterpret_cast<const float4*>(s_beta + 8 * piece);
     const float4 x0 = X[0], x1 = X[1], b0 = beta[0], b1 = beta[1];
     *reinterpret_cast<uint4*>(A_kk_inv + swizzle128(row, piece)) =
         make_uint4(pack_bf16(x0.x * b0.x, x0.y * b0.y), pack_bf16(x0.z * b0.z, x0.w * b0.w), pack_bf16(x1.x * b1.x, x1.y * b1.y),
@@ -399,12 +413,6 @@ __device__ __forceinline__ void clear_output(const ForwardParams& p, const Chunk
   }
 }
 
-__device__ __forceinline__ void publish_beta(float* s_beta, uint32_t raw, const ForwardParams& p, const Chunk& chunk) {
-  if (threadIdx.x >= kChunk) return;
-  const float beta = __uint_as_float(p.beta_dtype == DType::kBF16 ? raw << 16 : raw);
-  s_beta[threadIdx.x] = threadIdx.x < chunk.length ? beta_value(beta, p.beta_is_logits, p.allow_neg_eigval) : 0.0f;
-}
-
 __device__ __forceinline__ void write_chunk_decay(const Config::Shared& s, float* chunk_decay) {
   if (threadIdx.x >= Config::kHeadDim) return;
   float total = 0.0f;
@@ -416,13 +424,12 @@ __device__ __forceinline__ void write_chunk_decay(const Config::Shared& s, float
 // The first half: inputs to factors to scores, decayed operands to memory. The matrices are in shared memory behind it.
 template <DType kGateType>
 __device__ __forceinline__ void find_scores(Config::Shared& s, const Inputs<kGateType>& in, const ForwardParams& p,
-                                            const ForwardWorkspace& w, const Chunk& chunk, int64_t head, uint8_t* operands) {
+                                            const ForwardWorkspace& w, const Chunk& chunk, int64_t head, int turn, uint8_t* operands) {
   const Strip strip = strip_of(p.shape, chunk);
   DecayRows g;
-  cumulate_decay(g, in, p, strip);
+  cumulate_decay(g, in, s.scalars[turn], p, strip);
   publish_decay(s, g, strip);
   find_norms(s.norms[strip.warp], in.q, in.k, p.qk_l2norm, strip.lane);
-  publish_beta(s.beta, in.beta, p, chunk);
   __syncthreads();  // all strips' decays and norms, before every warp reads them
 
   write_factors(s, operands, chunk.length, in.q, in.k, g, find_strip_decays(s, g, strip), strip);
@@ -442,19 +449,18 @@ __device__ __forceinline__ void find_scores(Config::Shared& s, const Inputs<kGat
   }
   __syncthreads();  // the factors have been read: their memory becomes the matrices
   clear_upper_blocks(s.matrices, strip);
-  store_scores(s, scores, strip);
+  store_scores(s, s.scalars[turn].beta, scores, strip);
 }
 
 // The second half: the inverse, and both matrices to memory.
-__device__ __forceinline__ void invert(Config::Shared& s, int length, uint8_t* operands) {
+__device__ __forceinline__ void invert(Config::Shared& s, int length, int turn, uint8_t* operands) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   __syncthreads();  // A_kk complete, before the substitution reads it
   if (threadIdx.x < kChunk) invert_diagonal_block(s.matrices.A_kk, s.matrices.A_kk_inv, threadIdx.x / 16, threadIdx.x % 16);
   __syncthreads();  // diagonal blocks of the inverse, before the merges
   merge_blocks(s.matrices.A_kk, s.matrices.A_kk_inv, warp, lane);
   __syncthreads();  // the whole inverse, before it is written out
-  write_matrices(s, operands, length);
-  __syncthreads();  // shared memory has been read, before the next chunk overwrites it
+  write_matrices(s, s.scalars[turn].beta, operands, length);
 }
 
 // The CTA's share of the items: it counts through the heads of a chunk, then the chunks, in steps of the grid's size, which
@@ -505,16 +511,22 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   Items items(p, w);
   Chunk chunk = items.next_segment_chunk();
   Inputs<kGateType> in;
-  if (items.left()) load_inputs(in, p, chunk, items.head);
-  while (items.left()) {
+  if (items.left()) {
+    load_inputs(in, p, chunk, items.head);
+    publish_scalar(s.scalars[0], in.scalar, p, chunk.length);
+  }
+  for (int turn = 0; items.left(); turn ^= 1) {
+    __syncthreads();  // the chunk's scalars are there, and the last chunk's matrices have been read
     const int64_t head = items.head, operand_row = (chunk.row * p.shape.HV + head) * p.shape.T + chunk.start;
     const int length = chunk.length;
     uint8_t* operands = static_cast<uint8_t*>(p.workspace) + w.operands + operand_row * kOperandBytes;
-    find_scores(s, in, p, w, chunk, head, operands);
+    find_scores(s, in, p, w, chunk, head, turn, operands);
     items.advance();
     chunk = items.next_segment_chunk();
+    in = {};  // dead from here: without this the old rows would stay in registers for the case that none are loaded
     if (items.left()) load_inputs(in, p, chunk, items.head);  // on their way while the matrices are inverted
-    invert(s, length, operands);
+    invert(s, length, turn, operands);
+    if (items.left()) publish_scalar(s.scalars[turn ^ 1], in.scalar, p, chunk.length);
   }
 }
 

@@ -24,7 +24,7 @@ struct Config {
   static constexpr int kValueTiles = kValueTiles_;
   static constexpr int kHeadDim = 128;      // K and V
   static constexpr int kColumns = 64;       // of V, of one warpgroup
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kValueTiles > 1 ? 2 : 3;  // as many as fit
   static constexpr int kThreads = 128 * (kValueTiles + 1);  // warpgroup 0 loads, the others compute
   static constexpr int kLoaderRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
@@ -33,14 +33,13 @@ struct Config {
 
   struct alignas(1024) Stage {
     uint8_t operands[kOperandTiles][8192];  // the workspace's tiles: [token] rows of 128 bytes, swizzled
-    uint8_t v[kValueTiles][8192];           // [token] rows of a warpgroup's 64 columns, swizzled
+    uint8_t v[kValueTiles][8192];           // [token] rows of a warpgroup's 64 columns, swizzled; then the rows of o
     float chunk_decay[kHeadDim];
     ChunkHeader header;
   };
 
   struct Shared {
     Stage stages[kStages];
-    alignas(1024) uint8_t o[kValueTiles][8192];  // [token] rows of 64 columns, swizzled
     uint64_t full[kStages];   // the loaders fill a stage, the consumers wait
     uint64_t empty[kStages];  // the consumers empty it, the loaders wait
   };

@@ -177,32 +177,37 @@ struct Consumer {
     }
   }
 
-  // Through shared memory, so that tokens become rows again and leave in whole lines.
-  __device__ void store_output(const float (&o)[32], const ChunkHeader& header) {
-    uint8_t* staged = s.o[tile];
+  // Through shared memory, so that tokens become rows again and leave in whole lines. The tile of v serves: each warp has
+  // read the columns that it now writes, and nobody else reads those.
+  __device__ void store_output(const float (&o)[32], uint8_t* staged, const ChunkHeader& header) {
     const int token = 8 * (lane >> 4) + (lane & 7), piece = 2 * warp + ((lane >> 3) & 1);
-    named_barrier(kConsumerBarrier + tile, 128);  // the warpgroup has copied the last chunk's rows out
+    const uint32_t to = shared_address(staged) + swizzle128(token, piece);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) pairs[i] = pack_bf16(o[8 * step + 2 * i] * p.scale, o[8 * step + 2 * i + 1] * p.scale);
-      store_matrices_transposed(shared_address(staged) + swizzle128(16 * step + token, piece), pairs);
+      store_matrices_transposed(to + 16 * step * 128, pairs);
     }
     named_barrier(kConsumerBarrier + tile, 128);  // the warpgroup's columns are staged, before their rows are read
-    const int thread = 32 * warp + lane;
-    uint8_t* rows = static_cast<uint8_t*>(p.o) +
-                    ((header.token * p.shape.HV + header.head) * Config::kHeadDim + header.value_column + 64 * tile) * 2;
+    const int first = 4 * warp + (lane >> 3), column = lane & 7;
+    const int64_t stride = p.shape.HV * Config::kHeadDim * 2;
+    uint8_t* row = static_cast<uint8_t*>(p.o) + header.token * stride +
+                   (header.head * Config::kHeadDim + header.value_column + 64 * tile) * 2 + first * stride + 16 * column;
+    uint4 pieces[4];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int row = 16 * n + (thread >> 3), column = thread & 7;
-      if (row < header.length)
-        *reinterpret_cast<uint4*>(rows + row * p.shape.HV * Config::kHeadDim * 2 + 16 * column) =
-            *reinterpret_cast<const uint4*>(staged + swizzle128(row, column));
+    for (int n = 0; n < 4; ++n) pieces[n] = *reinterpret_cast<const uint4*>(staged + swizzle128(first, column) + 16 * n * 128);
+    if (header.length == kChunk) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(row + 16 * n * stride) = pieces[n];
+    } else {
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        if (16 * n + first < header.length) *reinterpret_cast<uint4*>(row + 16 * n * stride) = pieces[n];
     }
   }
 
-  __device__ void chunk(const typename Config::Stage& stage, uint64_t* empty) {
+  __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
     const uint64_t k_decayed = swizzled_operand(shared_address(stage.operands[kTileKDecayed]), 0);
     const uint64_t q_decayed = swizzled_operand(shared_address(stage.operands[kTileQDecayed]), 0);
     const uint64_t k_restored = swizzled_operand(shared_address(stage.operands[kTileKRestored]), 8192);
@@ -259,9 +264,9 @@ struct Consumer {
     wgmma_wait<0>();
     fence_registers(state);
     fence_registers(o);
+    store_output(o, stage.v[tile], header);
     __syncwarp();
     if (lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
-    store_output(o, header);
     if (header.last) finish(header);
   }
 

@@ -1,0 +1,24 @@
+"""What the README shows runs, and its two commands are the ones that are checked."""
+
+import pathlib
+import re
+
+import jax.numpy as jnp
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_quick_start():
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["o"].shape == names["q"].shape and names["o"].dtype == jnp.bfloat16
+    assert names["state"].shape == (2, 4, 128, 128) and names["state"].dtype == jnp.float32
+    assert names["y"].shape == names["x"].shape
+    assert jnp.isfinite(names["y"].astype(jnp.float32)).all()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -120,10 +120,12 @@ def _resolve_and_record(config_settings):
     template = Path("build/_build_info.py")
     template.parent.mkdir(exist_ok=True)
     escaped = repr(reason).replace("$", "$$")  # scikit-build-core substitutes $names
-    template.write_text(
+    whole = template.with_suffix(f".{os.getpid()}")  # builds of one tree may run side by side
+    whole.write_text(
         "# Why this installation has no compiled extension, or None where it has one.\n"
         f"NO_EXTENSION_REASON = {escaped}\n"
     )
+    whole.replace(template)
     print(f"jax_flashkda: {'building the CUDA extension' if reason is None else reason}")
     return settings
 

@@ -1,0 +1,342 @@
+"""Times the op on one GPU, runs the GPU tests, and records both with a digest of the sources.
+
+    python benchmarks/run.py                    everything; writes results/h200.json and prints the table
+    python benchmarks/run.py --no-tests         times alone (the record says that no tests ran)
+    python benchmarks/run.py --only fix8k_h96   some shapes; prints, records nothing
+    python benchmarks/run.py --table            the table of the record
+    python benchmarks/run.py --check            exit status 1 unless the record is of these sources
+
+The last two need the standard library alone. Times are of jitted calls with inputs on the device, raw inputs (gate, l2norm
+and sigmoid inside the op), bfloat16: the median over repeats of at least 20 ms of asynchronous calls in a row, several input
+sets in rotation so that none is found in the L2 cache. Calls under 0.2 ms are unrolled 32 times in one program instead.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "h200.json"
+
+# name: (B, T, H, HV, lengths of the segments or None). D = 128.
+SHAPES = {
+    "fix8k_h96": (1, 8192, 96, 96, None),
+    "mixed8k_h96": (1, 8192, 96, 96, [1300, 547, 2048, 963, 271, 3063]),
+    "uni8k_h96": (1, 8192, 96, 96, [1024] * 8),
+    "fix8k_h64": (1, 8192, 64, 64, None),
+    "b4t4k_h32": (4, 4096, 32, 32, None),
+    "b1t32k_h16": (1, 32768, 16, 16, None),
+    "b1t64k_h8": (1, 65536, 8, 8, None),
+    "gva8k_h16_32": (1, 8192, 16, 32, None),
+    "t2k_h12": (1, 2048, 12, 12, None),
+    "t512_h32": (1, 512, 32, 32, None),
+    "seg256x32_h32": (1, 8192, 32, 32, [32] * 256),
+}
+D = 128
+GATES = ("bounded fast", "bounded slow", "softplus fast", "softplus slow")
+BYTES_PER_SECOND = 4.3e12  # of a device-to-device copy, reads and writes counted
+L2_BYTES = 60e6
+# Measured on the same kind of GPU before, forward, raw inputs, ms: FLA Triton 0.5.2 (CUDA events). For the table where FLA is
+# not installed.
+FLA_KNOWN_MS = {
+    "fix8k_h96": 2.78,
+    "mixed8k_h96": 2.81,
+    "uni8k_h96": 2.79,
+    "fix8k_h64": 1.96,
+    "b4t4k_h32": 1.96,
+    "b1t32k_h16": 2.46,
+    "b1t64k_h8": 3.51,
+}
+
+
+def digest() -> str:
+    """Of every source that decides what a GPU runs: cuda/, the package's Python, CMakeLists.txt."""
+    files = [ROOT / "CMakeLists.txt"]
+    files += [path for path in (ROOT / "cuda").rglob("*") if path.is_file()]
+    files += [path for path in (ROOT / "jax_flashkda").rglob("*.py") if path.name != "_build_info.py"]
+    total = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.relative_to(ROOT).as_posix()):
+        total.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()
+
+
+def check() -> str | None:
+    """What is wrong with the record, or None."""
+    if not RECORD.exists():
+        return f"{RECORD.relative_to(ROOT)} is missing: run benchmarks/run.py on a GPU machine"
+    recorded = json.loads(RECORD.read_text()).get("digest")
+    if recorded != digest():
+        return f"{RECORD.relative_to(ROOT)} was made from other sources (digest {recorded})"
+    return None
+
+
+def floor_ms(shape) -> float:
+    B, T, _, HV, _ = SHAPES[shape]
+    return 5 * B * T * HV * D * 2 / BYTES_PER_SECOND * 1e3
+
+
+# --- timing --------------------------------------------------------------------------------------------------------------
+
+
+def make_inputs(shape, gate, seed):
+    """The op's arguments: q, k, v, g, beta, A_log, dt_bias, [segment_ids].
+
+    fast: the state is forgotten within some 16 tokens. slow: the layer's initialisation, mean log decay about -0.1.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    B, T, H, HV, lengths = SHAPES[shape]
+    keys = jax.random.split(jax.random.key(seed), 7)
+    normal = lambda key, *dims: jax.random.normal(key, dims, jnp.bfloat16)
+    fast = gate.endswith("fast")
+    uniform = lambda key, *dims: jax.random.uniform(key, dims, jnp.float32)
+    if fast:
+        A_log, dt_bias = uniform(keys[5], HV), uniform(keys[6], HV, D)
+    else:
+        dt = jnp.exp(math.log(1e-3) + uniform(keys[6], HV, D) * math.log(100.0))
+        A_log, dt_bias = jnp.zeros(HV), jnp.log(jnp.expm1(dt))
+        if gate.startswith("bounded"):  # -5 sigmoid(x) near -softplus(x) for small decays
+            dt_bias = dt_bias - math.log(5.0)
+    arrays = dict(
+        q=normal(keys[0], B, T, H, D),
+        k=normal(keys[1], B, T, H, D),
+        v=normal(keys[2], B, T, HV, D),
+        g=normal(keys[3], B, T, HV, D) * (1.0 if fast else 0.3),
+        beta=normal(keys[4], B, T, HV),
+        A_log=A_log,
+        dt_bias=dt_bias,
+    )
+    if lengths is not None:
+        ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
+        arrays["segment_ids"] = jnp.asarray(np.broadcast_to(ids, (B, T)))
+    return jax.block_until_ready(arrays)
+
+
+def input_sets(make, bytes_of_one):
+    """As many sets as leave nothing of one in the cache when it comes round again."""
+    return [make(seed) for seed in range(max(2, min(32, math.ceil(2 * L2_BYTES / bytes_of_one))))]
+
+
+def median_ms(call, sets, repeats=9) -> float:
+    """Of one call: wall time of asynchronous calls in a row, one block at the end."""
+    import jax
+
+    def run(n):
+        start = time.perf_counter()
+        for i in range(n):
+            result = call(sets[i % len(sets)])
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) * 1e3
+
+    run(3)
+    n = max(4, math.ceil(20 / max(run(4) / 4, 1e-3)))
+    one = statistics.median(run(n) / n for _ in range(repeats))
+    if one >= 0.2:
+        return one
+    unrolled = jax.jit(lambda sets: [call(sets[i % len(sets)]) for i in range(32)])
+    jax.block_until_ready(unrolled(sets))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(unrolled(sets))
+        times.append((time.perf_counter() - start) * 1e3 / 32)
+    return statistics.median(times)
+
+
+def time_op(shape, gate) -> float:
+    import jax
+
+    import jax_flashkda
+
+    options = dict(gate=gate.split()[0], beta_is_logits=True, qk_l2norm=True, implementation="cuda")
+
+    @jax.jit
+    def call(arrays):
+        return jax_flashkda.kimi_delta_attention(**arrays, **options)
+
+    B, T, H, HV, _ = SHAPES[shape]
+    sets = input_sets(lambda seed: make_inputs(shape, gate, seed), B * T * (2 * H + 3 * HV) * D * 2)
+    assert "jax_flashkda.forward" in call.lower(sets[0]).as_text()  # the kernels, and nothing else, are timed
+    return median_ms(call, sets)
+
+
+def time_softmax_attention(shape) -> float:
+    """Causal softmax attention of the same shape in the same JAX: cuDNN's flash attention."""
+    import jax
+    import jax.numpy as jnp
+
+    B, T, H, HV, lengths = SHAPES[shape]
+    if lengths is not None or H != HV:
+        raise NotImplementedError("timed for equal heads without segments")
+
+    @jax.jit
+    def call(arrays):
+        return jax.nn.dot_product_attention(*arrays, is_causal=True, implementation="cudnn")
+
+    def make(seed):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        return [jax.random.normal(key, (B, T, H, D), jnp.bfloat16) for key in keys]
+
+    return median_ms(call, input_sets(make, 4 * B * T * H * D * 2), repeats=5)
+
+
+def time_fla(shape, gate) -> float:
+    """flash-linear-attention's chunk_kda in Torch: CUDA events, the same kind of inputs."""
+    import numpy as np
+    import torch
+    from fla.ops.kda import chunk_kda
+
+    if not gate.startswith("softplus"):
+        raise NotImplementedError("timed with its softplus gate")
+    lengths = SHAPES[shape][4]
+
+    def make(seed):
+        arrays = make_inputs(shape, gate, seed)
+        tensors = {name: torch.from_numpy(np.array(x, np.float32)).cuda() for name, x in arrays.items() if name != "segment_ids"}
+        for name in ("q", "k", "v", "g", "beta"):
+            tensors[name] = tensors[name].bfloat16()
+        tensors["beta"] = tensors["beta"].sigmoid()
+        tensors["dt_bias"] = tensors["dt_bias"].reshape(-1)
+        if lengths is not None:
+            tensors["cu_seqlens"] = torch.tensor([0, *np.cumsum(lengths)], device="cuda")
+        return tensors
+
+    sets = [make(0), make(1)]
+    call = lambda i: chunk_kda(**sets[i % 2], use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True)
+    times = []
+    with torch.no_grad():
+        for repeat in range(12):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for i in range(10):
+                call(i)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 10)
+    return statistics.median(times[3:])
+
+
+def try_time(function, *arguments):
+    """Milliseconds, or the reason why there are none."""
+    try:
+        return round(function(*arguments), 4)
+    except Exception as error:  # a peer that is missing or fails must not cost the record
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+
+def time_all(shapes, peers) -> dict:
+    results = {}
+    for shape in shapes:
+        row = {gate: time_op(shape, gate) for gate in GATES}
+        row = {gate: round(ms, 4) for gate, ms in row.items()}
+        if peers:
+            row["softmax attention"] = try_time(time_softmax_attention, shape)
+            row["fla softplus fast"] = try_time(time_fla, shape, "softplus fast")
+        row["floor"] = round(floor_ms(shape), 4)
+        results[shape] = row
+        print(shape, row, flush=True)
+    return results
+
+
+# --- tests, record, table ------------------------------------------------------------------------------------------------
+
+
+def run_tests(arguments) -> dict:
+    """Counts of the GPU tests, run in a process of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-q", f"--junitxml={report}", *arguments]
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        status = subprocess.run(command, env=environment, cwd=ROOT).returncode
+        if not report.exists():
+            return {"status": status, "command": command[1:]}
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+        failed = [
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in suite.iter("testcase")
+            if case.find("failure") is not None or case.find("error") is not None
+        ]
+    return counts | {"status": status, "failed": failed, "seconds": float(suite.get("time", 0))}
+
+
+def versions() -> dict:
+    import importlib.metadata as metadata
+
+    import jax
+
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-flashkda", "fla-core", "tokamax"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    return found | {"gpu": jax.devices()[0].device_kind}
+
+
+def table(record) -> str:
+    """In Markdown, milliseconds."""
+    show = lambda x: f"{x:.3f}" if isinstance(x, float) else "" if x is None or isinstance(x, str) else str(x)
+    lines = [
+        "| shape | " + " | ".join(GATES) + " | FLA | causal softmax attention | floor |",
+        "|---|" + "---|" * (len(GATES) + 3),
+    ]
+    for shape, row in record["forward_ms"].items():
+        fla = row.get("fla softplus fast")
+        fla = fla if isinstance(fla, float) else FLA_KNOWN_MS.get(shape)
+        cells = [row[gate] for gate in GATES] + [fla, row.get("softmax attention"), row["floor"]]
+        lines.append(f"| {shape} | " + " | ".join(map(show, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=SHAPES, metavar="SHAPE")
+    parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest; last on the line")
+    options = parser.parse_args()
+    if options.check:
+        if problem := check():
+            sys.exit(problem)
+        return
+    if options.table:
+        print(table(json.loads(RECORD.read_text())))
+        return
+    if options.only:
+        print(table({"forward_ms": time_all(options.only, not options.no_peers)}))
+        return
+    tests = None if options.no_tests else run_tests(options.pytest)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    record = {
+        "digest": digest(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "tests": tests,
+        "forward_ms": time_all(SHAPES, not options.no_peers),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({name: record[name] for name in ("versions", "tests")}))
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,15 @@
 """Times the op on one GPU, runs the GPU tests, and records both with a digest of the sources.
 
-    python benchmarks/run.py                    everything; writes results/h200.json and prints the table
+    python benchmarks/run.py                    everything; writes results/h200.json, prints a table
     python benchmarks/run.py --no-tests         times alone (the record says that no tests ran)
     python benchmarks/run.py --only fix8k_h96   some shapes; prints, records nothing
     python benchmarks/run.py --table            the table of the record
     python benchmarks/run.py --check            exit status 1 unless the record is of these sources
 
-The last two need the standard library alone. Times are of jitted calls with inputs on the device, raw inputs (gate, l2norm
-and sigmoid inside the op), bfloat16: the median over repeats of at least 20 ms of asynchronous calls in a row, several input
-sets in rotation so that none is found in the L2 cache. Calls under 0.2 ms are unrolled 32 times in one program instead.
+The last two need the standard library alone. Times are of jitted calls with inputs on the device,
+raw inputs (gate, l2norm and sigmoid inside the op), bfloat16: the median over repeats of at least
+20 ms of asynchronous calls in a row, several input sets in rotation so that none is found in the L2
+cache. Calls under 0.2 ms are unrolled 32 times in one program instead.
 """
 
 import argparse
@@ -46,8 +47,8 @@ D = 128
 GATES = ("bounded fast", "bounded slow", "softplus fast", "softplus slow")
 BYTES_PER_SECOND = 4.3e12  # of a device-to-device copy, reads and writes counted
 L2_BYTES = 60e6
-# Measured on the same kind of GPU before, forward, raw inputs, ms: FLA Triton 0.5.2 (CUDA events). For the table where FLA is
-# not installed.
+# Measured on the same kind of GPU before, forward, raw inputs, ms: FLA Triton 0.5.2 (CUDA events).
+# For the table where FLA is not installed.
 FLA_KNOWN_MS = {
     "fix8k_h96": 2.78,
     "mixed8k_h96": 2.81,
@@ -63,7 +64,9 @@ def digest() -> str:
     """Of every source that decides what a GPU runs: cuda/, the package's Python, CMakeLists.txt."""
     files = [ROOT / "CMakeLists.txt"]
     files += [path for path in (ROOT / "cuda").rglob("*") if path.is_file()]
-    files += [path for path in (ROOT / "jax_flashkda").rglob("*.py") if path.name != "_build_info.py"]
+    files += [
+        path for path in (ROOT / "jax_flashkda").rglob("*.py") if path.name != "_build_info.py"
+    ]
     total = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.relative_to(ROOT).as_posix()):
         total.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -85,7 +88,7 @@ def floor_ms(shape) -> float:
     return 5 * B * T * HV * D * 2 / BYTES_PER_SECOND * 1e3
 
 
-# --- timing --------------------------------------------------------------------------------------------------------------
+# timing
 
 
 def make_inputs(shape, gate, seed):
@@ -168,7 +171,9 @@ def time_op(shape, gate) -> float:
 
     B, T, H, HV, _ = SHAPES[shape]
     sets = input_sets(lambda seed: make_inputs(shape, gate, seed), B * T * (2 * H + 3 * HV) * D * 2)
-    assert "jax_flashkda.forward" in call.lower(sets[0]).as_text()  # the kernels, and nothing else, are timed
+    assert (
+        "jax_flashkda.forward" in call.lower(sets[0]).as_text()
+    )  # the kernels, and nothing else, are timed
     return median_ms(call, sets)
 
 
@@ -204,7 +209,11 @@ def time_fla(shape, gate) -> float:
 
     def make(seed):
         arrays = make_inputs(shape, gate, seed)
-        tensors = {name: torch.from_numpy(np.array(x, np.float32)).cuda() for name, x in arrays.items() if name != "segment_ids"}
+        tensors = {
+            name: torch.from_numpy(np.array(x, np.float32)).cuda()
+            for name, x in arrays.items()
+            if name != "segment_ids"
+        }
         for name in ("q", "k", "v", "g", "beta"):
             tensors[name] = tensors[name].bfloat16()
         tensors["beta"] = tensors["beta"].sigmoid()
@@ -250,20 +259,32 @@ def time_all(shapes, peers) -> dict:
     return results
 
 
-# --- tests, record, table ------------------------------------------------------------------------------------------------
+# tests, record, table
 
 
 def run_tests(arguments) -> dict:
     """Counts of the GPU tests, run in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-q", f"--junitxml={report}", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(ROOT / "tests"),
+            "-m",
+            "gpu",
+            "-q",
+            f"--junitxml={report}",
+            *arguments,
+        ]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         status = subprocess.run(command, env=environment, cwd=ROOT).returncode
         if not report.exists():
             return {"status": status, "command": command[1:]}
         suite = ElementTree.parse(report).getroot().find("testsuite")
-        counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+        counts = {
+            name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
+        }
         failed = [
             f"{case.get('classname')}::{case.get('name')}"
             for case in suite.iter("testcase")
@@ -278,19 +299,31 @@ def versions() -> dict:
     import jax
 
     found = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-flashkda", "fla-core", "tokamax"):
+    for package in (
+        "jax",
+        "jaxlib",
+        "jax-cuda13-plugin",
+        "jax-cuda12-plugin",
+        "jax-flashkda",
+        "fla-core",
+        "tokamax",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             pass
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    found["driver"] = (
+        subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    )
     return found | {"gpu": jax.devices()[0].device_kind}
 
 
 def table(record) -> str:
     """In Markdown, milliseconds."""
-    show = lambda x: f"{x:.3f}" if isinstance(x, float) else "" if x is None or isinstance(x, str) else str(x)
+    show = lambda x: (
+        f"{x:.3f}" if isinstance(x, float) else "" if x is None or isinstance(x, str) else str(x)
+    )
     lines = [
         "| shape | " + " | ".join(GATES) + " | FLA | causal softmax attention | floor |",
         "|---|" + "---|" * (len(GATES) + 3),
@@ -304,14 +337,21 @@ def table(record) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--only", nargs="*", choices=SHAPES, metavar="SHAPE")
     parser.add_argument("--output", type=Path, default=RECORD)
-    parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest; last on the line")
+    parser.add_argument(
+        "--pytest",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="further arguments of pytest; last on the line",
+    )
     options = parser.parse_args()
     if options.check:
         if problem := check():

@@ -4,6 +4,7 @@ import functools
 
 import cases
 import jax
+from oracle import COMPILE_QUICKLY, GRADIENTS
 
 from jax_flashkda import kimi_delta_attention
 
@@ -17,8 +18,9 @@ def for_implementation(case, implementation):
 
 
 @functools.lru_cache(maxsize=None)
-def _program(static, gradients, options, implementation):
+def _program(static, gradients, options, implementation, quickly):
     """One compiled program per set of static arguments; shapes are jit's business."""
+    jit = functools.partial(jax.jit, compiler_options=COMPILE_QUICKLY if quickly else None)
 
     def attend(arrays):
         arguments = [arrays[name] for name in ("q", "k", "v", "g", "beta")]
@@ -28,7 +30,7 @@ def _program(static, gradients, options, implementation):
         )
 
     if not gradients:
-        return jax.jit(attend)
+        return jit(attend)
 
     def run(arrays, cotangents):
         floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
@@ -36,19 +38,25 @@ def _program(static, gradients, options, implementation):
         results, pull_back = jax.vjp(lambda floats: attend(floats | ids), floats)
         return results, pull_back(cotangents)[0]
 
-    return jax.jit(run)
+    return jit(run)
 
 
-def run(case, implementation, gradients=True, arrays=None, cotangents=None):
-    """o, final_state (if asked for) and the gradients by name."""
-    from oracle import GRADIENTS
+def run(case, implementation, gradients=True, arrays=None, cotangents=None, quickly=False):
+    """o, final_state (if asked for) and the gradients by name.
 
+    `quickly`: compile without optimisation, for a test that asks for accuracy and for one result of
+    a program. What is bitwise must be so in the programs that users run.
+    """
     arrays = case.arrays() if arrays is None else arrays
     options = {
         name: x for name, x in case.options.items() if x is not None or name == "padding_segment_id"
     }
     program = _program(
-        tuple(sorted(arrays)), gradients, tuple(sorted(options.items())), implementation
+        tuple(sorted(arrays)),
+        gradients,
+        tuple(sorted(options.items())),
+        implementation,
+        quickly and implementation == "xla",
     )
     if gradients:
         cotangents = case.cotangents() if cotangents is None else cotangents

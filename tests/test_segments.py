@@ -40,7 +40,7 @@ def test_layouts(name, implementation):
     rows = [LAYOUTS[name], LAYOUTS[name][::-1]]
     case = packed(rows, max_segments=3, **GATED, **STATES)
     case = for_implementation(case, implementation)
-    check(case, run(case, implementation))
+    check(case, run(case, implementation, gradients=implementation == "xla", quickly=True))
 
 
 def test_padding_id_none_makes_zero_ordinary(implementation):
@@ -48,7 +48,7 @@ def test_padding_id_none_makes_zero_ordinary(implementation):
     case = for_implementation(
         packed(rows, max_segments=4, padding_segment_id=None, **STATES), implementation
     )
-    check(case, run(case, implementation))
+    check(case, run(case, implementation, gradients=implementation == "xla", quickly=True))
 
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
@@ -56,7 +56,7 @@ def test_padding_id_none_makes_zero_ordinary(implementation):
 def test_random_layouts(seed):
     rng = np.random.default_rng(seed)
     case = packed([layout(rng, T), layout(rng, T)], max_segments=4, seed=seed, **GATED, **STATES)
-    check(case, run(case, "xla"))
+    check(case, run(case, "xla", quickly=True))
 
 
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
@@ -66,7 +66,7 @@ def test_arbitrary_ids(seed, spread):
     rng = np.random.default_rng(seed)
     rows = rng.integers(-spread - 1, spread, size=(2, T), endpoint=True)
     case = packed(rows, max_segments=4, seed=seed, **GATED, **STATES)
-    check(case, run(case, "xla"))
+    check(case, run(case, "xla", quickly=True))
 
 
 @pytest.mark.gpu
@@ -198,7 +198,7 @@ def test_segments_without_a_slot(implementation):
     """Segments beyond max_segments start from zero; their outputs and gradients are exact, their states dropped."""
     rows = [list(np.repeat(np.arange(1, 11), 20)), LAYOUTS["on chunk edges"]]
     case = for_implementation(packed(rows, max_segments=2, **GATED, **STATES), implementation)
-    check(case, run(case, implementation))
+    check(case, run(case, implementation, gradients=implementation == "xla", quickly=True))
 
 
 def test_rows_swap(implementation):

@@ -5,30 +5,34 @@
 
 namespace jax_flashkda {
 
+// Rows and tokens of a call number below 2^31 (dispatch refuses more), so a chunk is told in 32 bits; products of them are not.
 struct Chunk {
-  int64_t row;
-  int64_t start;
-  int length;     // 1 .. kChunk
-  bool padding;
-  int64_t decay_slot;  // where its whole decay is kept, or -1: nobody will ask for it
+  int32_t row = 0;
+  int32_t start = 0;
+  int32_t length = 0;  // 1 .. kChunk; 0: there is none
+  int32_t decay_slot = -1;  // where its whole decay is kept, or -1: nobody will ask for it
+  bool padding = false;
 };
 
-__device__ __forceinline__ int64_t clamp_to(int64_t value, int64_t low, int64_t high) {
+template <class Int>
+__device__ __forceinline__ Int clamp_to(Int value, Int low, Int high) {
   return value < low ? low : value > high ? high : value;
 }
 
 // Whole chunks are always asked for; a shorter one ends its segment and matters to a kept final state alone.
-__device__ __forceinline__ int64_t chunk_decay_slot(const ForwardShape& shape, int64_t start, int length, int64_t segment) {
-  if (length == kChunk) return start / kChunk;
-  return segment < shape.N ? (shape.T + kChunk - 1) / kChunk + segment : -1;
+__device__ __forceinline__ int32_t chunk_decay_slot(const ForwardShape& shape, int32_t start, int32_t length, int32_t segment) {
+  constexpr int32_t kTokens = static_cast<int32_t>(kChunk);
+  if (length == kTokens) return start / kTokens;
+  if (segment >= shape.N) return -1;
+  return static_cast<int32_t>((static_cast<uint32_t>(shape.T) + kTokens - 1) / kTokens) + segment;
 }
 
 __device__ __forceinline__ Chunk chunk_from_entry(const ForwardShape& shape, const ChunkEntry& entry) {
+  const int32_t T = static_cast<int32_t>(shape.T);
   Chunk chunk;
-  chunk.row = clamp_to(entry.row, 0, shape.B - 1);
-  chunk.start = clamp_to(entry.start, 0, shape.T - 1);
-  const int64_t room = shape.T - chunk.start < kChunk ? shape.T - chunk.start : kChunk;
-  chunk.length = static_cast<int>(clamp_to(entry.length, 1, room));
+  chunk.row = clamp_to(entry.row, 0, static_cast<int32_t>(shape.B) - 1);
+  chunk.start = clamp_to(entry.start, 0, T - 1);
+  chunk.length = clamp_to(entry.length, 1, min(T - chunk.start, static_cast<int32_t>(kChunk)));
   chunk.padding = entry.segment < 0;
   chunk.decay_slot = chunk.padding ? -1 : chunk_decay_slot(shape, chunk.start, chunk.length, entry.segment);
   return chunk;
@@ -36,13 +40,15 @@ __device__ __forceinline__ Chunk chunk_from_entry(const ForwardShape& shape, con
 
 // Without segment_ids chunk number `index` counts through the rows, ceil(T / kChunk) to a row.
 __device__ __forceinline__ Chunk chunk_without_table(const ForwardShape& shape, uint32_t index) {
-  const uint32_t chunks_in_row = static_cast<uint32_t>((shape.T + kChunk - 1) / kChunk);
-  ChunkEntry entry;
-  entry.row = static_cast<int32_t>(index / chunks_in_row);
-  entry.start = static_cast<int32_t>(index % chunks_in_row * static_cast<uint32_t>(kChunk));
-  entry.length = static_cast<int32_t>(shape.T - entry.start < kChunk ? shape.T - entry.start : kChunk);
-  entry.segment = 0;
-  return chunk_from_entry(shape, entry);
+  constexpr uint32_t kTokens = static_cast<uint32_t>(kChunk);
+  const uint32_t T = static_cast<uint32_t>(shape.T), chunks_in_row = (T + kTokens - 1) / kTokens;
+  const uint32_t row = index / chunks_in_row, start = (index - row * chunks_in_row) * kTokens;
+  Chunk chunk;
+  chunk.row = static_cast<int32_t>(row);
+  chunk.start = static_cast<int32_t>(start);
+  chunk.length = static_cast<int32_t>(min(T - start, kTokens));
+  chunk.decay_slot = chunk_decay_slot(shape, chunk.start, chunk.length, 0);
+  return chunk;
 }
 
 struct Segment {
@@ -54,9 +60,9 @@ struct Segment {
 
 __device__ __forceinline__ Segment segment_from_entry(const ForwardShape& shape, const SegmentEntry& entry) {
   Segment segment;
-  segment.row = clamp_to(entry.row, 0, shape.B - 1);
-  segment.start = clamp_to(entry.start, 0, shape.T - 1);
-  segment.length = clamp_to(entry.length, 1, shape.T - segment.start);
+  segment.row = clamp_to<int64_t>(entry.row, 0, shape.B - 1);
+  segment.start = clamp_to<int64_t>(entry.start, 0, shape.T - 1);
+  segment.length = clamp_to<int64_t>(entry.length, 1, shape.T - segment.start);
   segment.slot = entry.segment >= 0 && entry.segment < shape.N ? entry.segment : -1;
   return segment;
 }

@@ -35,7 +35,6 @@ struct Config {
       Matrices matrices;
     };
     alignas(16) float strip_decay[kStrips][kHeadDim];  // log2 decay of a whole strip
-    float norms[kStrips][2 * kStrip];      // factors of q, then of k
     struct alignas(16) Scalars {
       float beta[kChunk];
       float dt_bias[kHeadDim];

@@ -39,7 +39,7 @@ __device__ __forceinline__ Strip strip_of(const ForwardShape& shape, const Chunk
   strip.lane = threadIdx.x % 32;
   strip.channel = Config::kChannels * strip.lane;
   strip.rows = min(max(chunk.length - Config::kStrip * strip.warp, 0), Config::kStrip);
-  strip.token = chunk.row * shape.T + chunk.start + Config::kStrip * strip.warp;
+  strip.token = static_cast<int64_t>(chunk.row) * shape.T + chunk.start + Config::kStrip * strip.warp;
   return strip;
 }
 
@@ -76,12 +76,13 @@ __device__ __forceinline__ void load_rows(Word (&x)[Config::kStrip], const void*
 }
 
 __device__ __forceinline__ uint32_t load_scalar(const ForwardParams& p, const Chunk& chunk, int64_t head) {
-  const int64_t gate_head = chunk.row * p.shape.HV + head;
+  const int64_t gate_head = int64_t{chunk.row} * p.shape.HV + head;
   const int thread = threadIdx.x, token = thread - Config::kHeadDim;
+  if (chunk.length == 0) return 0;
   if (token < 0) return p.dt_bias != nullptr ? load_early(reinterpret_cast<const uint32_t*>(p.dt_bias + gate_head * Config::kHeadDim + thread)) : 0;
   if (token == kChunk) return p.A_log != nullptr ? load_early(reinterpret_cast<const uint32_t*>(p.A_log + gate_head)) : 0;
   if (token >= chunk.length) return 0;
-  const int64_t at = (chunk.row * p.shape.T + chunk.start + token) * p.shape.HV + head;
+  const int64_t at = (int64_t{chunk.row} * p.shape.T + chunk.start + token) * p.shape.HV + head;
   if (p.beta_dtype == DType::kBF16) return load_early(static_cast<const uint16_t*>(p.beta) + at);
   return load_early(static_cast<const uint32_t*>(p.beta) + at);
 }
@@ -160,20 +161,20 @@ __device__ __forceinline__ void cumulate_decay(DecayRows& g, const Inputs<kGateT
     for (int e = 0; e < Config::kChannels; ++e) g[r][e] += g[r - 1][e];
 }
 
-// Leaves the factors of the strip's rows: of q, then of k.
-__device__ __forceinline__ void find_norms(float* s_norms, const Rows& q, const Rows& k, bool qk_l2norm, int lane) {
-  float factor = 1.0f;
-  if (qk_l2norm) {
-    float squares[2 * Config::kStrip];
+// The factor of row lane % 8, of q in lanes 0 .. 7 (and 16 ..), of k in lanes 8 .. 15.
+__device__ __forceinline__ float find_norms(const Rows& q, const Rows& k, bool qk_l2norm, int lane) {
+  if (!qk_l2norm) return 1.0f;
+  float squares[2 * Config::kStrip];
 #pragma unroll
-    for (int r = 0; r < Config::kStrip; ++r) {
-      squares[r] = sum_of_squares(q[r]);
-      squares[Config::kStrip + r] = sum_of_squares(k[r]);
-    }
-    factor = l2norm_factor(sum_over_lanes(squares, lane));
+  for (int r = 0; r < Config::kStrip; ++r) {
+    squares[r] = sum_of_squares(q[r]);
+    squares[Config::kStrip + r] = sum_of_squares(k[r]);
   }
-  if (lane < 2 * Config::kStrip) s_norms[lane] = factor;
+  return l2norm_factor(sum_over_lanes(squares, lane));
 }
+// By shuffles, not through shared memory, whose loads would have to wait behind every store of the row before.
+__device__ __forceinline__ float norm_of_q(float norms, int r) { return __shfl_sync(0xffffffffu, norms, r); }
+__device__ __forceinline__ float norm_of_k(float norms, int r) { return __shfl_sync(0xffffffffu, norms, Config::kStrip + r); }
 
 // Tells the other warps how far the strip decays, and whether a reference point at its end can carry it.
 __device__ __forceinline__ void publish_decay(Config::Shared& s, const DecayRows& g, const Strip& strip) {
@@ -249,7 +250,7 @@ __device__ __forceinline__ void choose(float (&out)[4], bool first, const float 
 }
 
 // Each token of the strip once: its decayed operands to memory, its score factors to shared memory.
-__device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operands, int length, const Rows& q, const Rows& k,
+__device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operands, int length, const Rows& q, const Rows& k, float norms,
                                               const DecayRows& g, const StripDecays& d, const Strip& strip) {
   const int block = strip.warp >> 1, upper_half = strip.warp & 1;
   const bool far_row = block >= 2, near_row = block & 1;
@@ -260,7 +261,7 @@ __device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operan
   uint8_t* k_restored = k_decayed + (kTileKRestored - kTileKDecayed) * tile_bytes;
 #pragma unroll
   for (int r = 0; r < Config::kStrip; ++r) {
-    const float q_norm = s.norms[strip.warp][r], k_norm = s.norms[strip.warp][Config::kStrip + r];
+    const float q_norm = norm_of_q(norms, r), k_norm = norm_of_k(norms, r);
     const float q_row[4] = {bf16_low(q[r].x), bf16_high(q[r].x), bf16_low(q[r].y), bf16_high(q[r].y)};
     const float k_row[4] = {bf16_low(k[r].x), bf16_high(k[r].x), bf16_low(k[r].y), bf16_high(k[r].y)};
     float q_down[4], k_down[4], k_up[4];  // decayed from the strip's start; up to the strip's end
@@ -295,18 +296,18 @@ __device__ __forceinline__ uint32_t factor_tile(const Config::Shared& s, int blo
 
 // A diagonal block whose decay no single reference point can carry. Two warps: one sums the scores of q, the other those of k.
 __device__ __forceinline__ void pairwise_diagonal(float (&acc)[2][4], Config::Shared& s, const Rows& q, const Rows& k,
-                                                  const DecayRows& g, const Strip& strip) {
+                                                  float norms, const DecayRows& g, const Strip& strip) {
   const int block = strip.warp >> 1, upper_half = strip.warp & 1;
   const uint32_t barrier = 1 + block;
   PairwiseScratch& scratch = *reinterpret_cast<PairwiseScratch*>(s.factors[Config::first_tile(block) + Config::kDiagonalQ]);
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     named_barrier(barrier, 64);  // the two warps have read what is there, before it is overwritten
-    if ((strip.lane >> 4) == half) {
 #pragma unroll
-      for (int r = 0; r < Config::kStrip; ++r) {
+    for (int r = 0; r < Config::kStrip; ++r) {
+      const float a = norm_of_q(norms, r), b = norm_of_k(norms, r);
+      if ((strip.lane >> 4) == half) {
         const int to = pairwise_at(Config::kStrip * upper_half + r, 4 * (strip.lane & 15));
-        const float a = s.norms[strip.warp][r], b = s.norms[strip.warp][Config::kStrip + r];
         *reinterpret_cast<float4*>(scratch.q + to) =
             make_float4(a * bf16_low(q[r].x), a * bf16_high(q[r].x), a * bf16_low(q[r].y), a * bf16_high(q[r].y));
         *reinterpret_cast<float4*>(scratch.k + to) =
@@ -408,7 +409,7 @@ __device__ __forceinline__ void write_matrices(const Config::Shared& s, const fl
 
 __device__ __forceinline__ void clear_output(const ForwardParams& p, const Chunk& chunk, int64_t head) {
   for (int at = threadIdx.x; at < chunk.length * 16; at += Config::kThreads) {
-    const int64_t token = chunk.row * p.shape.T + chunk.start + (at >> 4);
+    const int64_t token = int64_t{chunk.row} * p.shape.T + chunk.start + (at >> 4);
     reinterpret_cast<uint4*>(p.o)[(token * p.shape.HV + head) * 16 + (at & 15)] = make_uint4(0, 0, 0, 0);
   }
 }
@@ -429,12 +430,12 @@ __device__ __forceinline__ void find_scores(Config::Shared& s, const Inputs<kGat
   DecayRows g;
   cumulate_decay(g, in, s.scalars[turn], p, strip);
   publish_decay(s, g, strip);
-  find_norms(s.norms[strip.warp], in.q, in.k, p.qk_l2norm, strip.lane);
-  __syncthreads();  // all strips' decays and norms, before every warp reads them
+  const float norms = find_norms(in.q, in.k, p.qk_l2norm, strip.lane);
+  __syncthreads();  // all strips' decays, before every warp reads them
 
-  write_factors(s, operands, chunk.length, in.q, in.k, g, find_strip_decays(s, g, strip), strip);
+  write_factors(s, operands, chunk.length, in.q, in.k, norms, g, find_strip_decays(s, g, strip), strip);
   if (chunk.decay_slot >= 0) {
-    const int64_t slot = (chunk.row * p.shape.HV + head) * w.decay_slots + chunk.decay_slot;
+    const int64_t slot = (int64_t{chunk.row} * p.shape.HV + head) * w.decay_slots + chunk.decay_slot;
     write_chunk_decay(s, reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + w.chunk_decay) + slot * Config::kHeadDim);
   }
   __syncthreads();  // all factors, before their readers
@@ -442,7 +443,7 @@ __device__ __forceinline__ void find_scores(Config::Shared& s, const Inputs<kGat
   multiply_far_and_near(scores, s, strip);
   const int block = strip.warp >> 1;
   if (s.spans_too_far[2 * block] || s.spans_too_far[2 * block + 1]) {
-    pairwise_diagonal(scores.diagonal, s, in.q, in.k, g, strip);
+    pairwise_diagonal(scores.diagonal, s, in.q, in.k, norms, g, strip);
   } else {
     score_block(scores.diagonal, factor_tile(s, block, strip.warp & 1 ? Config::kDiagonalK : Config::kDiagonalQ),
                 factor_tile(s, block, Config::kDiagonalC), strip.lane);
@@ -474,7 +475,7 @@ struct Items {
     const uint8_t* bytes = static_cast<const uint8_t*>(p.workspace);
     const bool table = p.shape.has_segment_ids;
     const int64_t most = table ? p.shape.B * p.shape.T : p.shape.B * ((p.shape.T + kChunk - 1) / kChunk);  // below 2^31
-    chunks = static_cast<uint32_t>(table ? clamp_to(reinterpret_cast<const TableCounts*>(bytes + w.counts)->chunks, 0, most) : most);
+    chunks = static_cast<uint32_t>(table ? clamp_to<int64_t>(reinterpret_cast<const TableCounts*>(bytes + w.counts)->chunks, 0, most) : most);
     heads = static_cast<uint32_t>(p.shape.HV);
     index = blockIdx.x / heads;
     head = blockIdx.x % heads;
@@ -511,22 +512,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   Items items(p, w);
   Chunk chunk = items.next_segment_chunk();
   Inputs<kGateType> in;
-  if (items.left()) {
-    load_inputs(in, p, chunk, items.head);
-    publish_scalar(s.scalars[0], in.scalar, p, chunk.length);
-  }
+  load_inputs(in, p, chunk, items.head);
+  publish_scalar(s.scalars[0], in.scalar, p, chunk.length);
   for (int turn = 0; items.left(); turn ^= 1) {
     __syncthreads();  // the chunk's scalars are there, and the last chunk's matrices have been read
-    const int64_t head = items.head, operand_row = (chunk.row * p.shape.HV + head) * p.shape.T + chunk.start;
+    const int64_t head = items.head, operand_row = (int64_t{chunk.row} * p.shape.HV + head) * p.shape.T + chunk.start;
     const int length = chunk.length;
     uint8_t* operands = static_cast<uint8_t*>(p.workspace) + w.operands + operand_row * kOperandBytes;
     find_scores(s, in, p, w, chunk, head, turn, operands);
     items.advance();
     chunk = items.next_segment_chunk();
-    in = {};  // dead from here: without this the old rows would stay in registers for the case that none are loaded
-    if (items.left()) load_inputs(in, p, chunk, items.head);  // on their way while the matrices are inverted
+    load_inputs(in, p, chunk, items.head);  // on their way while the matrices are inverted; of no chunk nothing is read
     invert(s, length, turn, operands);
-    if (items.left()) publish_scalar(s.scalars[turn ^ 1], in.scalar, p, chunk.length);
+    publish_scalar(s.scalars[turn ^ 1], in.scalar, p, chunk.length);
   }
 }
 

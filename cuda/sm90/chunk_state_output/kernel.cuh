@@ -22,7 +22,7 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
   const SegmentEntry* entries = reinterpret_cast<const SegmentEntry*>(workspace + w.segment_table);
   const int64_t segments =
       p.shape.has_segment_ids
-          ? clamp_to(reinterpret_cast<const TableCounts*>(workspace + w.counts)->segments, 0, p.shape.B * p.shape.T)
+          ? clamp_to<int64_t>(reinterpret_cast<const TableCounts*>(workspace + w.counts)->segments, 0, p.shape.B * p.shape.T)
           : p.shape.B;
   constexpr int kSplits = Config::kHeadDim / (Config::kValueTiles * Config::kColumns);
   for (int64_t item = blockIdx.x; item < segments * p.shape.HV * kSplits; item += gridDim.x) {
@@ -40,7 +40,8 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
       header.length = static_cast<int>(segment.length - done < kChunk ? segment.length - done : kChunk);
       header.first = done == 0;
       header.last = done + kChunk >= segment.length;
-      const int64_t slot = chunk_decay_slot(p.shape, start, header.length, segment.slot < 0 ? p.shape.N : segment.slot);
+      const int64_t slot = chunk_decay_slot(p.shape, static_cast<int32_t>(start), header.length,
+                                            static_cast<int32_t>(segment.slot < 0 ? p.shape.N : segment.slot));
       visit(header, head_index * p.shape.T + start, slot < 0 ? int64_t{-1} : head_index * w.decay_slots + slot);
     }
   }

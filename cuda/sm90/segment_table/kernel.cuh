@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int row_index = blockIdx.x, T = static_cast<int>(p.shape.T);
   const Row row = {p.segment_ids + row_index * p.shape.T, T, p.has_padding_segment_id, p.padding_segment_id};
   const int64_t stretch = (p.shape.T + Config::kThreads - 1) / Config::kThreads;
-  const int low = static_cast<int>(clamp_to(threadIdx.x * stretch, 0, T));
-  const int high = static_cast<int>(clamp_to((threadIdx.x + 1) * stretch, 0, T));
+  const int low = static_cast<int>(clamp_to<int64_t>(threadIdx.x * stretch, 0, T));
+  const int high = static_cast<int>(clamp_to<int64_t>((threadIdx.x + 1) * stretch, 0, T));
 
   int segments = 0, first_start = T, last_start = -1;
   for (int t = low; t < high; ++t) {

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -70,4 +71,16 @@ inline DeviceBuffer upload_as(const std::vector<float>& values, bool bf16) {
     buffer.upload(values);
   }
   return buffer;
+}
+
+// Counter-based normal numbers: the same on every machine.
+static __global__ void fill_normal(__nv_bfloat16* out, int64_t count, uint32_t seed, float scale, float shift) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+    uint64_t x = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    x ^= x >> 31;
+    const float u = (static_cast<uint32_t>(x) + 1.0f) * 2.3283064e-10f, angle = static_cast<uint32_t>(x >> 32) * 1.4629180e-9f;
+    out[i] = __float2bfloat16(shift + scale * sqrtf(-2.0f * logf(u)) * cosf(angle));
+  }
 }

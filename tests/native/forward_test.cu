@@ -1,6 +1,8 @@
 // The forward against a float64 recurrence, without XLA: exact-size allocations, poisoned outputs and workspace, a canary
 // behind the workspace, bitwise repeats, several streams, isolation and packing. Prints a line a case; exit status 1 on failure.
-//   forward_test [--quick]      --quick: small cases alone, for compute-sanitizer
+//   forward_test [--quick | --large] [--unpoisoned]
+//   --quick: small cases alone, for compute-sanitizer. --large: offsets beyond 2^31 elements and more than 65,535 (segment,
+//   head) pairs, some 50 GB. --unpoisoned: results and workspace as allocated, for initcheck.
 #include <algorithm>
 #include <functional>
 #include <random>
@@ -17,6 +19,7 @@ using oracle::Call;
 
 constexpr size_t kCanaryBytes = 4096;
 constexpr unsigned char kCanary = 0xA5;
+bool poisoned = true;
 
 struct Case {
   std::string name;
@@ -71,9 +74,11 @@ struct Launch {
   }
 
   void poison(int byte) {
-    o.fill(byte);
-    final_state.fill(byte);
-    workspace.fill(byte);
+    if (poisoned) {
+      o.fill(byte);
+      final_state.fill(byte);
+      workspace.fill(byte);
+    }
     if (workspace_bytes + kCanaryBytes > 0)
       CHECK_CUDA(cudaMemset(static_cast<char*>(workspace.data()) + workspace_bytes, kCanary, kCanaryBytes));
   }
@@ -88,8 +93,9 @@ struct Launch {
     poison(byte);
     const bool launched = enqueue(nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
-    const auto bytes = workspace.download<unsigned char>();
-    const bool intact = std::all_of(bytes.begin() + workspace_bytes, bytes.end(), [](unsigned char b) { return b == kCanary; });
+    std::vector<unsigned char> tail(kCanaryBytes);
+    CHECK_CUDA(cudaMemcpy(tail.data(), static_cast<char*>(workspace.data()) + workspace_bytes, kCanaryBytes, cudaMemcpyDeviceToHost));
+    const bool intact = std::all_of(tail.begin(), tail.end(), [](unsigned char b) { return b == kCanary; });
     if (!intact) std::printf("  the canary behind the workspace was overwritten\n");
     return launched && intact;
   }
@@ -369,6 +375,90 @@ bool check_streams(int rounds) {
   return good;
 }
 
+// A call whose operands were made on the device; segments of the given lengths fill its one row.
+struct LargeCall {
+  LargeCall(int64_t H, const std::vector<int64_t>& lengths, int64_t N) {
+    std::vector<int32_t> ids;
+    for (size_t n = 0; n < lengths.size(); ++n) ids.insert(ids.end(), lengths[n], int32_t(n + 1));
+    const int64_t T = int64_t(ids.size());
+    uint32_t seed = 0;
+    auto normal = [&](DeviceBuffer& buffer, int64_t count, float scale, float shift) {
+      buffer = DeviceBuffer(count * 2);
+      fill_normal<<<1024, 256>>>(static_cast<__nv_bfloat16*>(buffer.data()), count, ++seed, scale, shift);
+    };
+    normal(q, T * H * 128, 1, 0);
+    normal(k, T * H * 128, 1, 0);
+    normal(v, T * H * 128, 1, 0);
+    normal(g, T * H * 128, 0.1f, -0.5f);
+    normal(beta, T * H, 1, 0);
+    segment_ids = DeviceBuffer(ids.size() * 4);
+    segment_ids.upload(ids);
+    o = DeviceBuffer(T * H * 256);
+    final_state = DeviceBuffer(N * H * Call::K * Call::V * 4);
+    params.shape = {1, T, H, H, Call::K, Call::V, N, true};
+    params.qkv_dtype = params.g_dtype = params.beta_dtype = DType::kBF16;
+    params.q = q.data(), params.k = k.data(), params.v = v.data(), params.g = g.data(), params.beta = beta.data();
+    params.segment_ids = static_cast<int32_t*>(segment_ids.data());
+    params.o = o.data();
+    params.final_state = static_cast<float*>(final_state.data());
+    params.beta_is_logits = params.qk_l2norm = true;
+    params.scale = 0.125f;
+  }
+
+  // Tokens start .. start + length - 1 in a call of their own, against segment n of this one.
+  bool equals_alone(int64_t start, int64_t length, int64_t n) {
+    const int64_t H = params.shape.H, row = H * 128, state = H * Call::K * Call::V;
+    ForwardParams alone = params;
+    auto shift = [&](const void*& pointer, int64_t elements) { pointer = static_cast<const char*>(pointer) + start * elements * 2; };
+    shift(alone.q, row), shift(alone.k, row), shift(alone.v, row), shift(alone.g, row), shift(alone.beta, H);
+    alone.shape.T = length, alone.shape.N = 1, alone.shape.has_segment_ids = false, alone.segment_ids = nullptr;
+    DeviceBuffer own_o(length * row * 2), own_state(state * 4), scratch(forward_workspace_bytes(alone.shape));
+    own_o.fill(0xFF), own_state.fill(0xFF);
+    alone.o = own_o.data(), alone.final_state = static_cast<float*>(own_state.data()), alone.workspace = scratch.data();
+    if (!forward(alone, nullptr).ok()) return false;
+    const auto expected = own_o.download<uint16_t>();
+    const auto expected_state = own_state.download<uint32_t>();
+    std::vector<uint16_t> got(expected.size());
+    std::vector<uint32_t> got_state(expected_state.size());
+    CHECK_CUDA(cudaMemcpy(got.data(), static_cast<char*>(params.o) + start * row * 2, got.size() * 2, cudaMemcpyDeviceToHost));
+    CHECK_CUDA(cudaMemcpy(got_state.data(), params.final_state + n * state, got_state.size() * 4, cudaMemcpyDeviceToHost));
+    const bool finite = std::none_of(got.begin(), got.end(), [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
+    return finite && got == expected && got_state == expected_state;
+  }
+
+  bool run() {
+    DeviceBuffer scratch(forward_workspace_bytes(params.shape));
+    scratch.fill(0xFF), o.fill(0xFF), final_state.fill(0xFF);
+    params.workspace = scratch.data();
+    const Status status = forward(params, nullptr);
+    if (!status.ok()) std::printf("  %s\n", status.message.c_str());
+    CHECK_CUDA(cudaDeviceSynchronize());
+    return status.ok();
+  }
+
+  DeviceBuffer q, k, v, g, beta, segment_ids, o, final_state;
+  ForwardParams params{};
+};
+
+bool check_large_offsets() {
+  LargeCall call(128, {131100, 100}, 2);  // 2.15e9 elements an operand
+  const bool good = call.run() && call.equals_alone(131100, 100, 1);
+  std::printf("%-44s %s\n", "T H K beyond 2^31, the last 100 tokens", good ? "equal bits" : "FAILED");
+  return good;
+}
+
+bool check_many_pairs() {
+  std::vector<int64_t> lengths(1100);
+  std::vector<int64_t> starts(lengths.size());
+  int64_t T = 0;
+  for (size_t n = 0; n < lengths.size(); T += lengths[n++]) starts[n] = T, lengths[n] = 1 + int64_t(n * 7 % 70);
+  LargeCall call(64, lengths, int64_t(lengths.size()));
+  bool good = call.run();
+  for (int64_t n : {0, 1, 511, 1023, 1024, 1099}) good &= call.equals_alone(starts[n], lengths[n], n);
+  std::printf("%-44s %s\n", "70,400 (segment, head) pairs", good ? "equal bits" : "FAILED");
+  return good;
+}
+
 bool check_refusals() {
   Case c = make_case("refusals", shape(1, 10, 1, 1));
   Launch launch(c);
@@ -394,7 +484,13 @@ bool check_refusals() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool quick = argc > 1 && std::string(argv[1]) == "--quick";
+  bool quick = false, large = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string option = argv[i];
+    quick |= option == "--quick";
+    large |= option == "--large";
+    poisoned &= option != "--unpoisoned";
+  }
   const Status status = initialize(0);
   if (!status.ok()) {
     std::printf("%s\n", status.message.c_str());
@@ -402,11 +498,16 @@ int main(int argc, char** argv) {
   }
   int failures = 0, count = 0;
   auto tally = [&](bool good) { ++count, failures += good ? 0 : 1; };
-  for (const Case& c : cases(quick)) tally(check(c));
-  tally(check_packing(2));
-  if (!quick) tally(check_packing(70));
-  tally(check_streams(quick ? 3 : 1000));
-  tally(check_refusals());
+  if (large) {
+    tally(check_large_offsets());
+    tally(check_many_pairs());
+  } else {
+    for (const Case& c : cases(quick)) tally(check(c));
+    tally(check_packing(2));
+    if (!quick) tally(check_packing(70));
+    tally(check_streams(quick ? 3 : 1000));
+    tally(check_refusals());
+  }
   std::printf("%d of %d passed\n", count - failures, count);
   return failures == 0 ? 0 : 1;
 }

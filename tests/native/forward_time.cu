@@ -19,18 +19,6 @@ struct Shape {
   std::vector<int64_t> lengths;
 };
 
-// Counter-based normal numbers: the same on every machine.
-__global__ void fill_normal(__nv_bfloat16* out, int64_t count, uint32_t seed, float scale, float shift) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t x = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    x ^= x >> 31;
-    const float u = (static_cast<uint32_t>(x) + 1.0f) * 2.3283064e-10f, angle = static_cast<uint32_t>(x >> 32) * 1.4629180e-9f;
-    out[i] = __float2bfloat16(shift + scale * sqrtf(-2.0f * logf(u)) * cosf(angle));
-  }
-}
-
 struct Inputs {
   Inputs(const Shape& s, Gate gate, bool fast, uint32_t seed) {
     const int64_t tokens = s.B * s.T;

@@ -30,7 +30,7 @@ def forward(problem: Problem, *operands):
     """Forward results of `problem` (see `_problem.py` for operands and results)."""
     call = _Call(problem, operands)
     if call.empty:
-        return (call.tokens[2], call.initial_state)[: len(problem.result_names)]
+        return (call.tokens[2][:, : call.T], call.initial_state)[: len(problem.result_names)]
 
     def step(i, carry):
         o, states, state = carry

@@ -143,7 +143,7 @@ def loss_of_batch(model, batch):
     """Mean nats per byte over the positions that have a target."""
     logits = model(batch.tokens, batch.segment_ids)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    return jnp.sum(losses, where=batch.loss_mask) / jnp.sum(batch.loss_mask)
+    return jnp.sum(losses, where=batch.loss_mask) / jnp.maximum(1, jnp.sum(batch.loss_mask))
 
 
 def make_optimizer(config):
@@ -286,7 +286,7 @@ def sample(model, prompt, length, seed, temperature=0.7):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=positive_int, default=300)
+    parser.add_argument("--steps", type=positive_int, default=240)
     parser.add_argument("--batch", type=positive_int, default=4, help="rows a step")
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens a row")
     parser.add_argument("--layers", type=positive_int, default=2)

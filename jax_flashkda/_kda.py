@@ -5,10 +5,9 @@ import numbers
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from . import _support, _vjp
+from . import _primitives, _support, _vjp
 from ._problem import Problem
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -115,7 +114,7 @@ def kimi_delta_attention(
     # whatever collective it takes, is the transpose of this broadcast.
     for name in ("A_log", "dt_bias"):
         if name in named:
-            named[name] = jnp.broadcast_to(named[name], (q.shape[0], *named[name].shape))
+            named[name] = _primitives.over_rows(named[name], named["q"])
     if initial_state is not None and segment_ids is None:
         named["initial_state"] = named["initial_state"][:, None]
     results = _vjp.attend(problem, *(named[name] for name in problem.operand_names))

@@ -163,16 +163,39 @@ def _split(problem, operands, shardings):
     arrived = zip(problem.operand_names, shardings, strict=False)
     for name, sharding in sorted(arrived, key=lambda item: item[0] in ("q", "k")):
         for axis, entry in zip(AXES[name], sharding.spec, strict=False):
-            entry = entry if isinstance(entry, tuple) else (entry,) if entry else ()
             if axis == "B":
-                batch = batch or entry
+                batch = batch or _axes(entry)
             elif axis in ("H", "HV"):
-                heads = heads or entry
+                heads = heads or _axes(entry)
     heads = tuple(axis for axis in heads if axis not in batch)
     H, mesh = problem.sizes(operands)["H"], shardings[0].mesh
     while H % math.prod(mesh.shape[axis] for axis in heads):
         heads = heads[:-1]
     return batch, heads
+
+
+def over_rows(parameter, like):
+    """`parameter` for every batch row of `like`, [B, ...], its rows split as those of `like` are.
+
+    Explicit mesh axes have to be named here. The gradient of this is a sum over rows, which then
+    adds up one row per device; rows that `shard_alike` had to split would be gathered instead.
+    """
+    rows, own = jax.typeof(like).sharding, jax.typeof(parameter).sharding.spec
+    taken = {axis for entry in own for axis in _axes(entry)}
+    sharding = None
+    if rows.spec[0] is not None and taken.isdisjoint(_axes(rows.spec[0])):
+        sharding = NamedSharding(rows.mesh, P(rows.spec[0], *own))
+    return jax.lax.broadcast_in_dim(
+        parameter,
+        (like.shape[0], *parameter.shape),
+        tuple(range(1, parameter.ndim + 1)),
+        out_sharding=sharding,
+    )
+
+
+def _axes(entry):
+    """The mesh axes of an entry of a PartitionSpec: None, a name or a tuple of names."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def shard_alike(problem, operands):

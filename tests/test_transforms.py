@@ -393,9 +393,7 @@ def test_shared_parameters_are_summed_over_the_batch(types, implementation):
         where = P(*whole[1:]) if name in ("A_log", "dt_bias") else whole
         sharded[name] = jax.device_put(x, NamedSharding(mesh, where))
     with jax.set_mesh(mesh):
-        compiled = (
-            jax.jit(functools.partial(with_gradients, implementation)).lower(sharded).compile()
-        )
+        compiled = jit(functools.partial(with_gradients, implementation)).lower(sharded).compile()
     assert_same(compiled(sharded), wanted)
     found = collectives(compiled)
     assert set(found) == {"all-reduce"} and len(found) <= 2

@@ -87,7 +87,10 @@ def backward(problem: Problem, *operands):
             call.parameters,
             state,
         )
-        d_tile, d_own, d_state = pull_back((_take(d_o, chunk.start), d_state))
+        # Rows behind the chunk are a neighbour's: their q is 0 here, but 0 times its NaN is not.
+        d_o_tile = _take(d_o, chunk.start)
+        d_o_tile = jnp.where(_rows(chunk.mask(), d_o_tile), d_o_tile, 0)
+        d_tile, d_own, d_state = pull_back((d_o_tile, d_state))
         d_tokens = [_put(d, chunk, t) for d, t in zip(d_tokens, d_tile)]
         d_parameters = jax.tree.map(jnp.add, d_parameters, d_own)
         return (

@@ -2,8 +2,8 @@
 //   R = V - (k exp(G)) S      U = (I + A_kk)^-1 Diag(beta) R      O = scale ((q exp(G)) S + A_qk U)
 //   S <- Diag(exp(G_C)) S + (k exp(G_C - G))^T U
 // Grid: persistent CTAs over (segment, value head[, half of V]); a chain of chunks is serial, chains are not.
-// Roles: a warpgroup loads a chunk ahead, one warp by bulk copies and three the rows of v; each consumer warpgroup keeps 64 columns of the state, transposed
-// [64 V x 128 K], in fp32 accumulators, and S, R and U become register operands where they are, without leaving it.
+// Roles: a warpgroup loads a chunk ahead, one warp by bulk copies and three the rows of v. A state warpgroup keeps 64 columns of the
+// state, transposed [64 V x 128 K], in fp32 accumulators; S, R and U become register operands where they are.
 // Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state.
 #pragma once
 
@@ -50,13 +50,13 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
 }
 
 // A place in the ring of stages.
-template <class Config>
+template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t parity;
   __device__ explicit Ring(uint32_t first_parity) : parity(first_parity) {}
   __device__ void advance() {
-    if (++stage < Config::kStages) return;
+    if (++stage < kStages) return;
     stage = 0;
     parity ^= 1;
   }
@@ -66,7 +66,7 @@ struct Ring {
 template <class Config>
 __device__ __forceinline__ void load_operands(typename Config::Shared& s, const ForwardParams& p, const ForwardWorkspace& w, int lane) {
   const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
-  Ring<Config> ring(1);  // the first pass finds all stages empty
+  Ring<Config::kStages> ring(1);  // the first pass finds all stages empty
   for_each_chunk<Config>(p, w, [&](const ChunkHeader& header, int64_t operand_row, int64_t decay_slot) {
     mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
     typename Config::Stage& to = s.stages[ring.stage];
@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_operands(typename Config::Shared& s, const 
 template <class Config>
 __device__ __forceinline__ void load_values(typename Config::Shared& s, const ForwardParams& p, const ForwardWorkspace& w, int thread) {
   constexpr int kPieces = 8 * Config::kValueTiles;  // 16-byte pieces of a row
-  Ring<Config> ring(1);
+  Ring<Config::kStages> ring(1);
   for_each_chunk<Config>(p, w, [&](const ChunkHeader& header, int64_t, int64_t) {
     mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
     typename Config::Stage& to = s.stages[ring.stage];
@@ -117,18 +117,74 @@ __device__ __forceinline__ void load_values(typename Config::Shared& s, const Fo
   });
 }
 
-template <class Config>
-struct Consumer {
-  typename Config::Shared& s;
-  const ForwardParams& p;
-  int tile;    // the warpgroup's 64 columns of the CTA's
+// A thread's place among the consumers.
+struct Place {
+  int tile;    // of the CTA's tiles of 64 columns of V
   int warp;    // in the warpgroup
   int lane;
+  __device__ int thread() const { return 32 * warp + lane; }
+};
+
+// c[64 x 64] (+)= step `step` of a[64 x 16 Steps] in registers times a tile of 64 rows. Steps of 16 columns are 32 bytes along a row,
+// then the next tile; operand addresses count in 16 bytes.
+template <int kCount>
+__device__ __forceinline__ void product(float (&c)[32], const uint32_t (&a)[kCount], int step, uint64_t tile, bool accumulate) {
+  const uint64_t b = tile + (step / 4) * 512 + (step % 4) * 2;
+  if (accumulate) {
+    wgmma_64x64<true>(c, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b);
+  } else {
+    wgmma_64x64<false>(c, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b);
+  }
+}
+
+template <class Stage>
+__device__ __forceinline__ uint64_t operand(const Stage& stage, OperandTile tile, uint32_t bytes_to_next_columns = 0) {
+  return swizzled_operand(shared_address(stage.operands[tile]), bytes_to_next_columns);
+}
+
+// Through shared memory, so that tokens become rows again and leave in whole lines. The tile of v serves: each warp has
+// read the columns that it now writes, and nobody else reads those.
+template <class Config>
+__device__ __forceinline__ void store_output(const float (&o)[32], uint8_t* staged, const ChunkHeader& header, const ForwardParams& p,
+                                           const Place& at) {
+  const int token = 8 * (at.lane >> 4) + (at.lane & 7), piece = 2 * at.warp + ((at.lane >> 3) & 1);
+  const uint32_t to = shared_address(staged) + swizzle128(token, piece);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = pack_bf16(o[8 * step + 2 * i] * p.scale, o[8 * step + 2 * i + 1] * p.scale);
+    store_matrices_transposed(to + 16 * step * 128, pairs);
+  }
+  named_barrier(kConsumerBarrier + at.tile, 128);  // the warpgroup's columns are staged, before their rows are read
+  const int first = 4 * at.warp + (at.lane >> 3), column = at.lane & 7;
+  const int64_t stride = p.shape.HV * Config::kHeadDim * 2;
+  uint8_t* row = static_cast<uint8_t*>(p.o) + header.token * stride +
+                 (header.head * Config::kHeadDim + header.value_column + 64 * at.tile) * 2 + first * stride + 16 * column;
+  uint4 pieces[4];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) pieces[n] = *reinterpret_cast<const uint4*>(staged + swizzle128(first, column) + 16 * n * 128);
+  if (header.length == kChunk) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(row + 16 * n * stride) = pieces[n];
+  } else {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      if (16 * n + first < header.length) *reinterpret_cast<uint4*>(row + 16 * n * stride) = pieces[n];
+  }
+}
+
+// A warpgroup that carries 64 columns of the state.
+template <class Config>
+struct StateWarps {
+  typename Config::Shared& s;
+  const ForwardParams& p;
+  const Place at;
   float state[64];  // rows: columns of V; element [4 j + 2 h + e]: V column 16 warp + lane / 4 + 8 h, channel 8 j + 2 (lane % 4) + e
 
   __device__ int64_t state_at(const ChunkHeader& header, int h) const {
-    const int column = header.value_column + 64 * tile + 16 * warp + (lane >> 2) + 8 * h;
-    return (header.state * Config::kHeadDim + 2 * (lane & 3)) * Config::kHeadDim + column;
+    const int column = header.value_column + 64 * at.tile + 16 * at.warp + (at.lane >> 2) + 8 * h;
+    return (header.state * Config::kHeadDim + 2 * (at.lane & 3)) * Config::kHeadDim + column;
   }
 
   __device__ void start(const ChunkHeader& header) {
@@ -161,8 +217,8 @@ struct Consumer {
 
   // Tokens two by two from the transposed rows of V, in the order of accumulators.
   __device__ void load_values_transposed(uint32_t (&values)[4][4], const typename Config::Stage& stage) const {
-    const int token = 8 * (lane >> 4) + (lane & 7), piece = 2 * warp + ((lane >> 3) & 1);
-    const uint32_t v = shared_address(stage.v[tile]) + swizzle128(token, piece);
+    const int token = 8 * (at.lane >> 4) + (at.lane & 7), piece = 2 * at.warp + ((at.lane >> 3) & 1);
+    const uint32_t v = shared_address(stage.v[at.tile]) + swizzle128(token, piece);
 #pragma unroll
     for (int step = 0; step < 4; ++step) load_matrices_transposed(values[step], v + 16 * step * 128);
   }
@@ -170,7 +226,7 @@ struct Consumer {
   __device__ void decay_state(const typename Config::Stage& stage) {
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      const float2 decay = *reinterpret_cast<const float2*>(&stage.chunk_decay[8 * j + 2 * (lane & 3)]);
+      const float2 decay = *reinterpret_cast<const float2*>(&stage.chunk_decay[8 * j + 2 * (at.lane & 3)]);
       state[4 * j] *= decay.x;
       state[4 * j + 1] *= decay.y;
       state[4 * j + 2] *= decay.x;
@@ -178,54 +234,18 @@ struct Consumer {
     }
   }
 
-  // Through shared memory, so that tokens become rows again and leave in whole lines. The tile of v serves: each warp has
-  // read the columns that it now writes, and nobody else reads those.
-  __device__ void store_output(const float (&o)[32], uint8_t* staged, const ChunkHeader& header) {
-    const int token = 8 * (lane >> 4) + (lane & 7), piece = 2 * warp + ((lane >> 3) & 1);
-    const uint32_t to = shared_address(staged) + swizzle128(token, piece);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = pack_bf16(o[8 * step + 2 * i] * p.scale, o[8 * step + 2 * i + 1] * p.scale);
-      store_matrices_transposed(to + 16 * step * 128, pairs);
-    }
-    named_barrier(kConsumerBarrier + tile, 128);  // the warpgroup's columns are staged, before their rows are read
-    const int first = 4 * warp + (lane >> 3), column = lane & 7;
-    const int64_t stride = p.shape.HV * Config::kHeadDim * 2;
-    uint8_t* row = static_cast<uint8_t*>(p.o) + header.token * stride +
-                   (header.head * Config::kHeadDim + header.value_column + 64 * tile) * 2 + first * stride + 16 * column;
-    uint4 pieces[4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) pieces[n] = *reinterpret_cast<const uint4*>(staged + swizzle128(first, column) + 16 * n * 128);
-    if (header.length == kChunk) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(row + 16 * n * stride) = pieces[n];
-    } else {
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-        if (16 * n + first < header.length) *reinterpret_cast<uint4*>(row + 16 * n * stride) = pieces[n];
-    }
-  }
-
   __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
-    const uint64_t k_decayed = swizzled_operand(shared_address(stage.operands[kTileKDecayed]), 0);
-    const uint64_t q_decayed = swizzled_operand(shared_address(stage.operands[kTileQDecayed]), 0);
-    const uint64_t k_restored = swizzled_operand(shared_address(stage.operands[kTileKRestored]), 8192);
-    const uint64_t A_kk_inv = swizzled_operand(shared_address(stage.operands[kTileAkkInv]), 0);
-    const uint64_t A_qk = swizzled_operand(shared_address(stage.operands[kTileAqk]), 0);
     uint32_t a[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) a[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
 
     float projected[32], o[32];
     wgmma_fence();
-    // Steps of 16 channels: 32 bytes along a row, then the next column half. Addresses count in 16 bytes.
 #pragma unroll
-    for (int i = 0; i < 8; ++i) product(projected, a, i, k_decayed + (i / 4) * 512 + (i % 4) * 2, i > 0);
+    for (int i = 0; i < 8; ++i) product(projected, a, i, operand(stage, kTileKDecayed), i > 0);
     wgmma_commit();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) product(o, a, i, q_decayed + (i / 4) * 512 + (i % 4) * 2, i > 0);
+    for (int i = 0; i < 8; ++i) product(o, a, i, operand(stage, kTileQDecayed), i > 0);
     wgmma_commit();
     uint32_t values[4][4];
     load_values_transposed(values, stage);
@@ -242,7 +262,7 @@ struct Consumer {
     float u[32];
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) product(u, r, i, A_kk_inv + i * 2, i > 0);
+    for (int i = 0; i < 4; ++i) product(u, r, i, operand(stage, kTileAkkInv), i > 0);
     wgmma_commit();
     decay_state(stage);
     wgmma_wait<0>();
@@ -255,33 +275,24 @@ struct Consumer {
     fence_registers(state);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4; ++i)  // steps of 16 tokens: 16 rows
+    for (int i = 0; i < 4; ++i)  // steps of 16 tokens: 16 rows of 128 bytes
       wgmma_64x128_transposed<true>(state, u_operand[4 * i], u_operand[4 * i + 1], u_operand[4 * i + 2], u_operand[4 * i + 3],
-                                    k_restored + i * 128);
+                                    operand(stage, kTileKRestored, 8192) + i * 128);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) product(o, u_operand, i, A_qk + i * 2, true);
+    for (int i = 0; i < 4; ++i) product(o, u_operand, i, operand(stage, kTileAqk), true);
     wgmma_commit();
     const ChunkHeader header = stage.header;
     wgmma_wait<0>();
     fence_registers(state);
     fence_registers(o);
-    store_output(o, stage.v[tile], header);
+    store_output<Config>(o, stage.v[at.tile], header, p, at);
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
+    if (at.lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
     if (header.last) finish(header);
   }
 
-  template <int Count>
-  __device__ static void product(float (&c)[32], const uint32_t (&a)[Count], int step, uint64_t b, bool accumulate) {
-    if (accumulate) {
-      wgmma_64x64<true>(c, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b);
-    } else {
-      wgmma_64x64<false>(c, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3], b);
-    }
-  }
-
   __device__ void run() {
-    Ring<Config> ring(0);
+    Ring<Config::kStages> ring(0);
     while (true) {
       mbarrier_wait(&s.full[ring.stage], ring.parity);  // both loaders have filled the stage
       const ChunkHeader& header = s.stages[ring.stage].header;
@@ -302,12 +313,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
       mbarrier_init(&s.full[i], 1 + 2 * Config::kValueThreads);
-      mbarrier_init(&s.empty[i], 4 * Config::kValueTiles);  // each consumer warp
+      mbarrier_init(&s.empty[i], 4 * Config::kValueTiles);  // each state warp
     }
     fence_barrier_init();
   }
   __syncthreads();  // barriers are initialised, before anybody uses them
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // tells the compiler that warps do not diverge on it
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (warpgroup == 0) {
     if constexpr (Config::kMoveRegisters) lower_registers<Config::kLoaderRegisters>();
     if (warp == 0) {
@@ -317,8 +329,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else {
     if constexpr (Config::kMoveRegisters) raise_registers<Config::kConsumerRegisters>();
-    Consumer<Config> consumer{s, p, warpgroup - 1, warp, lane};
-    consumer.run();
+    StateWarps<Config>{s, p, {warpgroup - 1, warp, lane}}.run();
   }
 }
 

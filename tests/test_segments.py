@@ -191,7 +191,9 @@ def test_packed_equals_unpacked(implementation):
     plain = run(plain_case, implementation, arrays=plain_arrays, cotangents=(d_o, d_final[:, 0]))
     for name in together:
         expected = np.asarray(plain[name]).reshape(np.shape(together[name]))
-        np.testing.assert_array_equal(expected, together[name])
+        # Two programs may add up a sum over all tokens in different orders; everything else is bitwise.
+        tolerance = 1e-6 * np.abs(expected).max() if name in ("dA_log", "d_dt_bias") else 0
+        np.testing.assert_allclose(expected, together[name], rtol=0, atol=tolerance)
 
 
 def test_segments_without_a_slot(implementation):

@@ -1,25 +1,30 @@
 // Raw gate -> log2 decay of a token and channel.
-//   softplus: -exp(A_log) softplus(g + dt_bias)      bounded: lower_bound sigmoid(exp(A_log) (g + dt_bias))
+//   softplus: -exp(A_log) softplus(g + dt_bias)
+//   bounded:  lower_bound sigmoid(exp(A_log) (g + dt_bias))
 #pragma once
 
 #include "problem/numerics.cuh"
 
 namespace jax_flashkda {
 
-// Per channel and head (a is exp(A_log)), folded so that the hot loop is one multiply-add ahead of the special functions.
+// Per channel and head (a is exp(A_log)), folded so that the hot loop is one multiply-add ahead of
+// the special functions.
 struct GateCoefficients {
   float slope;
   float offset;
   float amplitude;
 };
 
-__device__ __forceinline__ GateCoefficients gate_coefficients(Gate gate, float a, float dt_bias, float gate_lower_bound) {
+__device__ __forceinline__ GateCoefficients gate_coefficients(Gate gate, float a, float dt_bias,
+                                                              float gate_lower_bound) {
   if (gate == Gate::kSoftplus) return {kLog2E, dt_bias * kLog2E, -a};
-  if (gate == Gate::kBounded) return {-a * kLog2E, -a * kLog2E * dt_bias, gate_lower_bound * kLog2E};
+  if (gate == Gate::kBounded)
+    return {-a * kLog2E, -a * kLog2E * dt_bias, gate_lower_bound * kLog2E};
   return {kLog2E, 0.0f, 0.0f};
 }
 
-// log2(1 + 2^x). Near zero the sum 1 + 2^x would keep only a few digits of 2^x, and slow gates live there.
+// log2(1 + 2^x). Near zero the sum 1 + 2^x would keep only a few digits of 2^x, and slow gates live
+// there.
 __device__ __forceinline__ float softplus_base2(float x) {
   const float u = exp2_fast(-fabsf(x));
   const float series = u * fmaf(u, fmaf(u, 1.0f / 3.0f, -0.5f), 1.0f) * kLog2E;

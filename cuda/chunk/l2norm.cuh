@@ -1,11 +1,13 @@
-// Optional normalisation of q and k: x / sqrt(sum x^2 + 1e-6) over the channels of a token and head, in fp32.
+// Optional normalisation of q and k: x / sqrt(sum x^2 + 1e-6) over the channels of a token and
+// head, in fp32.
 #pragma once
 
 #include "core/ptx.cuh"
 
 namespace jax_flashkda {
 
-// Hands half of the remaining values to the partner lane and takes the partner's share of the other half.
+// Hands half of the remaining values to the partner lane and takes the partner's share of the other
+// half.
 template <int kHalf, int kCount>
 __device__ __forceinline__ void fold_lanes(float (&values)[kCount], int lane) {
   const bool upper = lane & kHalf;
@@ -16,8 +18,8 @@ __device__ __forceinline__ void fold_lanes(float (&values)[kCount], int lane) {
   }
 }
 
-// Sums 16 values over the 32 lanes at once: lane l returns the sum of value l % 16, after 16 shuffles instead of 80. The
-// order of additions is fixed.
+// Sums 16 values over the 32 lanes at once: lane l returns the sum of value l % 16, after 16
+// shuffles instead of 80. The order of additions is fixed.
 __device__ __forceinline__ float sum_over_lanes(float (&values)[16], int lane) {
   fold_lanes<8>(values, lane);
   fold_lanes<4>(values, lane);

@@ -1,16 +1,20 @@
-// (I + A_kk)^-1 of a 64-token chunk, in fp32: forward substitution on the 16x16 diagonal blocks, then blocks are merged,
+// (I + A_kk)^-1 of a 64-token chunk, in fp32: forward substitution on the 16x16 diagonal blocks,
+// then blocks are merged,
 //   [L11 0; L21 L22]^-1 = [X11 0; -X22 L21 X11, X22],
-// 16 -> 32 -> 64. A series in powers of A_kk would blow up for correlated keys; this stays at rounding level.
+// 16 -> 32 -> 64. A series in powers of A_kk would blow up for correlated keys; this stays at
+// rounding level.
 #pragma once
 
-#include "sm90/mma.cuh"
+#include "core/mma.cuh"
 
 namespace jax_flashkda {
 
-inline constexpr int kMatrixStride = 68;  // floats between rows of a 64x64 matrix: 16-byte aligned, rows in different banks
+inline constexpr int kMatrixStride =
+    68;  // floats between rows of a 64x64 matrix: 16-byte aligned, rows in different banks
 
 // Column `column` of the inverse of diagonal block `block`; A strictly lower.
-__device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s_X, int block, int column) {
+__device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s_X, int block,
+                                                      int column) {
   const float* A = s_A + block * 16 * (kMatrixStride + 1);
   float x[16];
 #pragma unroll
@@ -31,7 +35,8 @@ __device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s
   for (int i = 0; i < 16; ++i) X[i * kMatrixStride] = x[i];
 }
 
-// c[16 x 8] += a[16 x 8 Steps] b[8 Steps x 8], row-major fp32 in shared memory, as three tf32 products a step.
+// c[16 x 8] += a[16 x 8 Steps] b[8 Steps x 8], row-major fp32 in shared memory, as three tf32
+// products a step.
 template <int Steps>
 __device__ __forceinline__ void product(float (&c)[4], const float* a, const float* b, int lane) {
   const int g = lane >> 2, t = lane & 3;
@@ -40,9 +45,11 @@ __device__ __forceinline__ void product(float (&c)[4], const float* a, const flo
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      split_tf32(a[(g + 8 * (i & 1)) * kMatrixStride + 8 * step + t + 4 * (i >> 1)], a_high[i], a_low[i]);
+      split_tf32(a[(g + 8 * (i & 1)) * kMatrixStride + 8 * step + t + 4 * (i >> 1)], a_high[i],
+                 a_low[i]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) split_tf32(b[(8 * step + t + 4 * i) * kMatrixStride + g], b_high[i], b_low[i]);
+    for (int i = 0; i < 2; ++i)
+      split_tf32(b[(8 * step + t + 4 * i) * kMatrixStride + g], b_high[i], b_low[i]);
     mma_tf32(c, a_low, b_high);
     mma_tf32(c, a_high, b_low);
     mma_tf32(c, a_high, b_high);
@@ -55,10 +62,13 @@ __device__ __forceinline__ void store_block(float* s, const float (&c)[4], float
   *reinterpret_cast<float2*>(at + 8 * kMatrixStride) = make_float2(sign * c[2], sign * c[3]);
 }
 
-__device__ __forceinline__ int matrix_at(int row, int column) { return row * kMatrixStride + column; }
+__device__ __forceinline__ int matrix_at(int row, int column) {
+  return row * kMatrixStride + column;
+}
 
-// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. Eight warps; the diagonal blocks are there
-// and what lies above them is zero. The blocks' own places hold the intermediate L21 X11.
+// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. Eight warps; the
+// diagonal blocks are there and what lies above them is zero. The blocks' own places hold the
+// intermediate L21 X11.
 __device__ __forceinline__ void merge_blocks(const float* s_A, float* s_X, int warp, int lane) {
   if (warp < 4) {
     const int at = 32 * (warp >> 1), n = 8 * (warp & 1);

@@ -22,14 +22,18 @@ class Problems {
     if (count_++ > 0) text_ << "; ";
     (text_ << ... << parts);
   }
-  Status status() const { return count_ == 0 ? Status{} : Status::error("jax_flashkda.forward: " + text_.str()); }
+  Status status() const {
+    return count_ == 0 ? Status{} : Status::error("jax_flashkda.forward: " + text_.str());
+  }
 
  private:
   std::ostringstream text_;
   int count_ = 0;
 };
 
-bool contains(const std::vector<DType>& list, DType dtype) { return std::find(list.begin(), list.end(), dtype) != list.end(); }
+bool contains(const std::vector<DType>& list, DType dtype) {
+  return std::find(list.begin(), list.end(), dtype) != list.end();
+}
 
 std::string names(const std::vector<DType>& list) {
   std::string text;
@@ -45,19 +49,24 @@ void check_shape(const ForwardShape& s, Problems& problems) {
   not_negative("T", s.T);
   not_negative("N", s.N);
   if (s.H <= 0) problems.add("H is ", s.H, ", must be positive");
-  if (s.HV <= 0 || (s.H > 0 && s.HV % s.H != 0)) problems.add("HV is ", s.HV, ", must be a positive multiple of H = ", s.H);
+  if (s.HV <= 0 || (s.H > 0 && s.HV % s.H != 0))
+    problems.add("HV is ", s.HV, ", must be a positive multiple of H = ", s.H);
   if (!s.has_segment_ids && s.N != 1) problems.add("N is ", s.N, ", must be 1 without segment_ids");
-  if (s.B > 0 && s.T > kMaxTokens / s.B) problems.add("B * T is ", s.B, " * ", s.T, ", must be below 2^31: split the batch");
-  if (s.B > 0 && s.HV > kMaxTokens / s.B) problems.add("B * HV is ", s.B, " * ", s.HV, ", must be below 2^31: split the batch");
+  if (s.B > 0 && s.T > kMaxTokens / s.B)
+    problems.add("B * T is ", s.B, " * ", s.T, ", must be below 2^31: split the batch");
+  if (s.B > 0 && s.HV > kMaxTokens / s.B)
+    problems.add("B * HV is ", s.B, " * ", s.HV, ", must be below 2^31: split the batch");
   if (s.B > 0 && s.HV > 0 && s.N > kMaxTokens / s.B / s.HV)
-    problems.add("B * N * HV is ", s.B, " * ", s.N, " * ", s.HV, ", must be below 2^31: lower max_segments");
+    problems.add("B * N * HV is ", s.B, " * ", s.N, " * ", s.HV,
+                 ", must be below 2^31: lower max_segments");
 }
 
 void check_variant(const ForwardParams& p, Problems& problems) {
   std::string supported;
   for (const Variant& v : compiled_variants()) {
     if (v.K == p.shape.K && v.V == p.shape.V && v.qkv_dtype == p.qkv_dtype) {
-      if (!contains(v.g_dtypes, p.g_dtype)) problems.add("g is ", name(p.g_dtype), ", the kernels take ", names(v.g_dtypes));
+      if (!contains(v.g_dtypes, p.g_dtype))
+        problems.add("g is ", name(p.g_dtype), ", the kernels take ", names(v.g_dtypes));
       if (!contains(v.beta_dtypes, p.beta_dtype))
         problems.add("beta is ", name(p.beta_dtype), ", the kernels take ", names(v.beta_dtypes));
       return;
@@ -77,16 +86,19 @@ void check_options(const ForwardParams& p, Problems& problems) {
       if (p.dt_bias != nullptr) problems.add("dt_bias was given, but gate log_decay reads none");
       break;
     case Gate::kSoftplus:
-      if (p.A_log == nullptr && p.shape.B > 0) problems.add("A_log is missing: gate softplus needs it");
+      if (p.A_log == nullptr && p.shape.B > 0)
+        problems.add("A_log is missing: gate softplus needs it");
       break;
     case Gate::kBounded:
       if (!(p.gate_lower_bound >= -5.0f && p.gate_lower_bound < 0.0f))
         problems.add("gate_lower_bound is ", p.gate_lower_bound, ", must lie in [-5, 0)");
       break;
     default:
-      problems.add("gate is ", static_cast<int32_t>(p.gate), ", must be 0 (log_decay), 1 (softplus) or 2 (bounded)");
+      problems.add("gate is ", static_cast<int32_t>(p.gate),
+                   ", must be 0 (log_decay), 1 (softplus) or 2 (bounded)");
   }
-  if (p.allow_neg_eigval && !p.beta_is_logits) problems.add("allow_neg_eigval needs beta_is_logits");
+  if (p.allow_neg_eigval && !p.beta_is_logits)
+    problems.add("allow_neg_eigval needs beta_is_logits");
   if (!std::isfinite(p.scale)) problems.add("scale is ", p.scale, ", must be finite");
 }
 
@@ -112,7 +124,8 @@ void check_pointers(const ForwardParams& p, Problems& problems) {
   check("initial_state", p.initial_state, false, 16);
   check("final_state", p.final_state, false, 16);
   check("segment_ids", p.segment_ids, tokens && s.has_segment_ids, 4);
-  if (!s.has_segment_ids && p.segment_ids != nullptr) problems.add("segment_ids was given, but the shape says there are none");
+  if (!s.has_segment_ids && p.segment_ids != nullptr)
+    problems.add("segment_ids was given, but the shape says there are none");
   check("workspace", p.workspace, tokens, 16);
 }
 
@@ -120,9 +133,12 @@ void check_pointers(const ForwardParams& p, Problems& problems) {
 
 const char* name(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return "f32";
-    case DType::kBF16: return "bf16";
-    case DType::kF16: return "f16";
+    case DType::kF32:
+      return "f32";
+    case DType::kBF16:
+      return "bf16";
+    case DType::kF16:
+      return "f16";
   }
   return "unknown type";
 }
@@ -142,7 +158,8 @@ int64_t forward_workspace_bytes(const ForwardShape& shape) {
   Problems problems;
   check_shape(shape, problems);
   if (!problems.status().ok() || shape.K <= 0 || shape.V <= 0) return 0;
-  return forward_workspace(shape).bytes + kWorkspaceAlignment;  // the launch layer rounds the pointer up
+  return forward_workspace(shape).bytes +
+         kWorkspaceAlignment;  // the launch layer rounds the pointer up
 }
 
 }  // namespace jax_flashkda

@@ -25,18 +25,19 @@ std::vector<Variant> variants();
 
 const char* name(DType dtype);  // "f32", "bf16", "f16"
 
-// Every refusal that needs no GPU: dimensions, types, alignment, ranges, missing or contradictory operands.
-// Reads no memory behind the pointers.
+// Every refusal that needs no GPU: dimensions, types, alignment, ranges, missing or contradictory
+// operands. Reads no memory behind the pointers.
 Status check_forward(const ForwardParams& params);
 
 // Bytes of ForwardParams::workspace; zero for shapes that check_forward refuses.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
 
-// Once for every device, outside stream capture: refuses an architecture that nothing was compiled for, and raises the
-// kernels' shared-memory limits. Cheap to repeat.
+// Once for every device, outside stream capture: refuses an architecture that nothing was compiled
+// for, and raises the kernels' shared-memory limits. Cheap to repeat.
 Status initialize(int device);
 
-// Checks, then launches on the stream of the current device: allocates nothing, never waits, may be captured.
+// Checks, then launches on the stream of the current device: allocates nothing, never waits, may be
+// captured.
 Status forward(const ForwardParams& params, CUstream_st* stream);
 
 }  // namespace jax_flashkda

@@ -1,4 +1,5 @@
-// The compiled table. A row here needs its instantiations in sm90/*/launch.cu and a case in tests/cases.py.
+// The compiled table. A row here needs its instantiations in sm90/*/launch.cu and a case in
+// tests/cases.py.
 #pragma once
 
 #include "dispatch/dispatch.h"

@@ -8,12 +8,13 @@ namespace jax_flashkda {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 
-// A token's log decay is clamped here first: exp(-110) is zero in fp32, so nothing is lost, and -inf becomes a plain reset
-// (inf - inf in a difference of sums would not).
+// A token's log decay is clamped here first: exp(-110) is zero in fp32, so nothing is lost, and
+// -inf becomes a plain reset (inf - inf in a difference of sums would not).
 inline constexpr float kLog2DecayMin = -110.0f * kLog2E;
 
-// Largest decay, in powers of two, between a reference point and a row it serves: the row's factor grows by as much, and
-// 2^100 times any sensible key stays finite. A bounded gate (8 tokens of -5) never exceeds it.
+// Largest decay, in powers of two, between a reference point and a row it serves: the row's factor
+// grows by as much, and 2^100 times any sensible key stays finite. A bounded gate (8 tokens of -5)
+// never exceeds it.
 inline constexpr float kLog2DecayHalfSpan = 100.0f;
 
 // A NaN stays one: it must show in its own segment.
@@ -27,8 +28,10 @@ __device__ __forceinline__ float beta_value(float beta, bool is_logits, bool all
   return allow_neg_eigval ? 2.0f * sigmoid : sigmoid;
 }
 
-// 16-byte piece `piece` of row `row` in a tile whose 128-byte rows are swizzled as the tensor cores expect: the pieces of
-// eight consecutive rows fall into different banks.
-__host__ __device__ __forceinline__ constexpr int swizzle128(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+// 16-byte piece `piece` of row `row` in a tile whose 128-byte rows are swizzled as the tensor cores
+// expect: the pieces of eight consecutive rows fall into different banks.
+__host__ __device__ __forceinline__ constexpr int swizzle128(int row, int piece) {
+  return row * 128 + ((piece ^ (row & 7)) << 4);
+}
 
 }  // namespace jax_flashkda

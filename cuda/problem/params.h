@@ -1,5 +1,6 @@
-// What one call computes, as plain data: filled by the FFI handler (or the native tests), read by dispatch and the launch functions.
-// Compiles as host C++ without CUDA, so that validation and workspace arithmetic are tested on machines with no GPU.
+// What one call computes, as plain data: filled by the FFI handler (or the native tests), read by
+// dispatch and the launch functions. Compiles as host C++ without CUDA, so that validation and
+// workspace arithmetic are tested on machines with no GPU.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@ enum class Gate : int32_t {
   kBounded = 2,   // log decay = gate_lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
 };
 
-// Sizes of a call. Everything that decides launch shapes and workspace bytes is here and nothing else does:
-// both must follow from what is known while tracing.
+// Sizes of a call. Everything that decides launch shapes and workspace bytes is here and nothing
+// else does: both must follow from what is known while tracing.
 struct ForwardShape {
   int64_t B;   // batch rows
   int64_t T;   // tokens in a row
@@ -30,7 +31,7 @@ struct ForwardShape {
 struct ForwardParams {
   ForwardShape shape;
 
-  DType qkv_dtype;   // q, k, v, o
+  DType qkv_dtype;  // q, k, v, o
   DType g_dtype;
   DType beta_dtype;
 
@@ -45,7 +46,8 @@ struct ForwardParams {
   const int32_t* segment_ids;  // [B, T]             may be null: one segment a row
   void* o;                     // [B, T, HV, V]
   float* final_state;          // [B, N, HV, K, V]   may be null: not wanted
-  void* workspace;             // workspace_bytes(shape) bytes, uninitialised, 1024-byte aligned by the launch layer
+  void* workspace;  // workspace_bytes(shape) bytes, uninitialised, 1024-byte aligned by the launch
+                    // layer
 
   Gate gate;
   float gate_lower_bound;

@@ -1,15 +1,17 @@
-// All facts about a chunk, read once, and clamped: the table is a buffer too, and no content of it may reach outside a row.
+// All facts about a chunk, read once, and clamped: the table is a buffer too, and no content of it
+// may reach outside a row.
 #pragma once
 
 #include "problem/workspace.h"
 
 namespace jax_flashkda {
 
-// Rows and tokens of a call number below 2^31 (dispatch refuses more), so a chunk is told in 32 bits; products of them are not.
+// Rows and tokens of a call number below 2^31 (dispatch refuses more), so a chunk is told in 32
+// bits; products of them are not.
 struct Chunk {
   int32_t row = 0;
   int32_t start = 0;
-  int32_t length = 0;  // 1 .. kChunk; 0: there is none
+  int32_t length = 0;       // 1 .. kChunk; 0: there is none
   int32_t decay_slot = -1;  // where its whole decay is kept, or -1: nobody will ask for it
   bool padding = false;
 };
@@ -19,22 +21,26 @@ __device__ __forceinline__ Int clamp_to(Int value, Int low, Int high) {
   return value < low ? low : value > high ? high : value;
 }
 
-// Whole chunks are always asked for; a shorter one ends its segment and matters to a kept final state alone.
-__device__ __forceinline__ int32_t chunk_decay_slot(const ForwardShape& shape, int32_t start, int32_t length, int32_t segment) {
+// Whole chunks are always asked for; a shorter one ends its segment and matters to a kept final
+// state alone.
+__device__ __forceinline__ int32_t chunk_decay_slot(const ForwardShape& shape, int32_t start,
+                                                    int32_t length, int32_t segment) {
   constexpr int32_t kTokens = static_cast<int32_t>(kChunk);
   if (length == kTokens) return start / kTokens;
   if (segment >= shape.N) return -1;
   return static_cast<int32_t>((static_cast<uint32_t>(shape.T) + kTokens - 1) / kTokens) + segment;
 }
 
-__device__ __forceinline__ Chunk chunk_from_entry(const ForwardShape& shape, const ChunkEntry& entry) {
+__device__ __forceinline__ Chunk chunk_from_entry(const ForwardShape& shape,
+                                                  const ChunkEntry& entry) {
   const int32_t T = static_cast<int32_t>(shape.T);
   Chunk chunk;
   chunk.row = clamp_to(entry.row, 0, static_cast<int32_t>(shape.B) - 1);
   chunk.start = clamp_to(entry.start, 0, T - 1);
   chunk.length = clamp_to(entry.length, 1, min(T - chunk.start, static_cast<int32_t>(kChunk)));
   chunk.padding = entry.segment < 0;
-  chunk.decay_slot = chunk.padding ? -1 : chunk_decay_slot(shape, chunk.start, chunk.length, entry.segment);
+  chunk.decay_slot =
+      chunk.padding ? -1 : chunk_decay_slot(shape, chunk.start, chunk.length, entry.segment);
   return chunk;
 }
 
@@ -58,7 +64,8 @@ struct Segment {
   int64_t slot;  // its state slot, or -1: starts from zero, final state dropped
 };
 
-__device__ __forceinline__ Segment segment_from_entry(const ForwardShape& shape, const SegmentEntry& entry) {
+__device__ __forceinline__ Segment segment_from_entry(const ForwardShape& shape,
+                                                      const SegmentEntry& entry) {
   Segment segment;
   segment.row = clamp_to<int64_t>(entry.row, 0, shape.B - 1);
   segment.start = clamp_to<int64_t>(entry.start, 0, shape.T - 1);

@@ -1,6 +1,7 @@
 // The only place that knows what lies where in the forward's scratch buffer, and how large it is.
-// Sizes follow from static shapes alone: segments decide how many chunks there are, never how many bytes.
-// So per-token operands are stored as rows of their token, and a chunk's tile is the rows of its tokens.
+// Sizes follow from static shapes alone: segments decide how many chunks there are, never how many
+// bytes. So per-token operands are stored as rows of their token, and a chunk's tile is the rows of
+// its tokens.
 #pragma once
 
 #include <cstdint>
@@ -31,14 +32,13 @@ inline constexpr int32_t kPadding = -1;
 
 // Counts that the segment table kernel leaves for the later stages.
 struct TableCounts {
-  int32_t chunks;    // entries in the chunk table
-  int32_t segments;  // entries in the segment table
-  int32_t next_segment_item;  // ticket of the state stage, zero at its start
-  int32_t unused;
+  int32_t chunks;
+  int32_t segments;
 };
 
-// The bf16 operands that the state stage multiplies, as it holds them in shared memory: tiles of one 128-byte row a token, the
-// eight 16-byte pieces of a row permuted by swizzle128. Tile i of a chunk of L tokens starts i * L rows behind the chunk's first.
+// The bf16 operands that the state stage multiplies, as it holds them in shared memory: tiles of
+// one 128-byte row a token, the eight 16-byte pieces of a row permuted by swizzle128. Tile i of a
+// chunk of L tokens starts i * L rows behind the chunk's first.
 enum OperandTile {
   kTileKDecayed = 0,   // k exp(G), channels 0 .. 63, then 64 .. 127
   kTileQDecayed = 2,   // q exp(G)
@@ -48,9 +48,11 @@ enum OperandTile {
   kOperandTiles = 8,
 };
 inline constexpr int64_t kTileRowBytes = 128;
-inline constexpr int64_t kOperandBytes = kOperandTiles * kTileRowBytes;  // of a token and value head
+inline constexpr int64_t kOperandBytes =
+    kOperandTiles * kTileRowBytes;  // of a token and value head
 
-// Byte offsets into the workspace. Token t of value head h of batch row b is operand row (b * HV + h) * T + t.
+// Byte offsets into the workspace. Token t of value head h of batch row b is operand row (b * HV +
+// h) * T + t.
 struct ForwardWorkspace {
   int64_t operands;       // [B, HV, T] rows of kOperandBytes: see OperandTile
   int64_t chunk_decay;    // [B, HV, decay_slots, K] f32  exp(G_C)
@@ -72,8 +74,9 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
   };
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
   w.operands = take(head_tokens * kOperandBytes);
-  // A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row shares. A shorter chunk ends its
-  // segment, so its decay matters to a final state alone: it uses the slot of its segment behind those.
+  // A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row
+  // shares. A shorter chunk ends its segment, so its decay matters to a final state alone: it uses
+  // the slot of its segment behind those.
   w.decay_slots = (shape.T + kChunk - 1) / kChunk + shape.N;
   w.chunk_decay = take(shape.B * shape.HV * w.decay_slots * shape.K * 4);
   if (shape.has_segment_ids) {

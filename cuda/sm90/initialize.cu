@@ -1,10 +1,9 @@
 #include <string>
 
 #include "core/check.h"
-#include "dispatch/dispatch.h"
 #include "sm90/launch.h"
 
-namespace jax_flashkda {
+namespace jax_flashkda::sm90 {
 namespace {
 
 // Sets the current device and puts the caller's back.
@@ -26,17 +25,25 @@ class DeviceScope {
 
 Status initialize(int device) {
   int major = 0, minor = 0;
-  if (Status s = cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute"); !s.ok())
+  if (Status s =
+          cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                      "cudaDeviceGetAttribute");
+      !s.ok())
     return s;
-  if (Status s = cuda_status(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute"); !s.ok())
+  if (Status s =
+          cuda_status(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+                      "cudaDeviceGetAttribute");
+      !s.ok())
     return s;
   if (major != 9 || minor != 0)
-    return Status::error("jax_flashkda: device " + std::to_string(device) + " has compute capability " + std::to_string(major) + "." +
-                         std::to_string(minor) + ", the kernels are compiled for 9.0 (Hopper); implementation=\"xla\" runs everywhere");
+    return Status::error(
+        "jax_flashkda: device " + std::to_string(device) + " has compute capability " +
+        std::to_string(major) + "." + std::to_string(minor) +
+        ", the kernels are compiled for 9.0 (Hopper); implementation=\"xla\" runs everywhere");
   DeviceScope scope(device);
   if (!scope.status().ok()) return scope.status();
-  if (Status s = sm90::initialize_chunk_prepare(); !s.ok()) return s;
-  return sm90::initialize_chunk_state_output();
+  if (Status s = initialize_chunk_prepare(); !s.ok()) return s;
+  return initialize_chunk_state_output();
 }
 
-}  // namespace jax_flashkda
+}  // namespace jax_flashkda::sm90

@@ -1,4 +1,5 @@
-// Exact-size device allocations: one cudaMalloc an operand, so that a memory checker sees every byte outside.
+// Exact-size device allocations: one cudaMalloc an operand, so that a memory checker sees every
+// byte outside.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,13 +11,14 @@
 #include <cstring>
 #include <vector>
 
-#define CHECK_CUDA(call)                                                                                  \
-  do {                                                                                                    \
-    const cudaError_t error_ = (call);                                                                    \
-    if (error_ != cudaSuccess) {                                                                          \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));     \
-      std::exit(2);                                                                                       \
-    }                                                                                                     \
+#define CHECK_CUDA(call)                                                 \
+  do {                                                                   \
+    const cudaError_t error_ = (call);                                   \
+    if (error_ != cudaSuccess) {                                         \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
+                   cudaGetErrorString(error_));                          \
+      std::exit(2);                                                      \
+    }                                                                    \
   } while (0)
 
 class DeviceBuffer {
@@ -40,7 +42,8 @@ class DeviceBuffer {
   }
   template <typename T>
   void upload(const std::vector<T>& host) {
-    if (!host.empty()) CHECK_CUDA(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    if (!host.empty())
+      CHECK_CUDA(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
   }
   template <typename T>
   std::vector<T> download() const {
@@ -74,13 +77,16 @@ inline DeviceBuffer upload_as(const std::vector<float>& values, bool bf16) {
 }
 
 // Counter-based normal numbers: the same on every machine.
-static __global__ void fill_normal(__nv_bfloat16* out, int64_t count, uint32_t seed, float scale, float shift) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+static __global__ void fill_normal(__nv_bfloat16* out, int64_t count, uint32_t seed, float scale,
+                                   float shift) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
     uint64_t x = (i + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     x ^= x >> 31;
-    const float u = (static_cast<uint32_t>(x) + 1.0f) * 2.3283064e-10f, angle = static_cast<uint32_t>(x >> 32) * 1.4629180e-9f;
+    const float u = (static_cast<uint32_t>(x) + 1.0f) * 2.3283064e-10f,
+                angle = static_cast<uint32_t>(x >> 32) * 1.4629180e-9f;
     out[i] = __float2bfloat16(shift + scale * sqrtf(-2.0f * logf(u)) * cosf(angle));
   }
 }

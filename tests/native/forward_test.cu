@@ -1,8 +1,10 @@
-// The forward against a float64 recurrence, without XLA: exact-size allocations, poisoned outputs and workspace, a canary
-// behind the workspace, bitwise repeats, several streams, isolation and packing. Prints a line a case; exit status 1 on failure.
+// The forward against a float64 recurrence, without XLA: exact-size allocations, poisoned outputs
+// and workspace, a canary behind the workspace, bitwise repeats, several streams, isolation and
+// packing. Prints a line a case; exit status 1 on failure.
 //   forward_test [--quick | --large] [--unpoisoned]
-//   --quick: small cases alone, for compute-sanitizer. --large: offsets beyond 2^31 elements and more than 65,535 (segment,
-//   head) pairs, some 50 GB. --unpoisoned: results and workspace as allocated, for initcheck.
+//   --quick: small cases alone, for compute-sanitizer. --large: offsets beyond 2^31 elements and
+//   more than 65,535 (segment, head) pairs, some 50 GB. --unpoisoned: results and workspace as
+//   allocated, for initcheck.
 #include <algorithm>
 #include <functional>
 #include <random>
@@ -80,7 +82,8 @@ struct Launch {
       workspace.fill(byte);
     }
     if (workspace_bytes + kCanaryBytes > 0)
-      CHECK_CUDA(cudaMemset(static_cast<char*>(workspace.data()) + workspace_bytes, kCanary, kCanaryBytes));
+      CHECK_CUDA(cudaMemset(static_cast<char*>(workspace.data()) + workspace_bytes, kCanary,
+                            kCanaryBytes));
   }
 
   bool enqueue(cudaStream_t stream) {
@@ -94,8 +97,10 @@ struct Launch {
     const bool launched = enqueue(nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
     std::vector<unsigned char> tail(kCanaryBytes);
-    CHECK_CUDA(cudaMemcpy(tail.data(), static_cast<char*>(workspace.data()) + workspace_bytes, kCanaryBytes, cudaMemcpyDeviceToHost));
-    const bool intact = std::all_of(tail.begin(), tail.end(), [](unsigned char b) { return b == kCanary; });
+    CHECK_CUDA(cudaMemcpy(tail.data(), static_cast<char*>(workspace.data()) + workspace_bytes,
+                          kCanaryBytes, cudaMemcpyDeviceToHost));
+    const bool intact =
+        std::all_of(tail.begin(), tail.end(), [](unsigned char b) { return b == kCanary; });
     if (!intact) std::printf("  the canary behind the workspace was overwritten\n");
     return launched && intact;
   }
@@ -103,7 +108,8 @@ struct Launch {
   std::vector<uint16_t> output_bits() const { return o.download<uint16_t>(); }
   std::vector<uint32_t> state_bits() const { return final_state.download<uint32_t>(); }
 
-  DeviceBuffer q, k, v, g, beta, A_log, dt_bias, initial_state, segment_ids, o, final_state, workspace;
+  DeviceBuffer q, k, v, g, beta, A_log, dt_bias, initial_state, segment_ids, o, final_state,
+      workspace;
   int64_t workspace_bytes = 0;
   ForwardParams params{};
 };
@@ -139,15 +145,24 @@ Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t seed =
     for (auto* operand : {&x.q, &x.k})
       for (float& value : *operand) value = round_bf16(value / std::sqrt(128.0f));
   const bool raw = x.gate != oracle::Gate::kLogDecay;
-  fill(x.beta, x.B * x.T * x.HV, [&] { return x.beta_is_logits ? normal(generator) : uniform(generator); });
+  fill(x.beta, x.B * x.T * x.HV,
+       [&] { return x.beta_is_logits ? normal(generator) : uniform(generator); });
   fill(x.g, x.B * x.T * x.HV * Call::K, [&] {
-    if (raw) return regime.gates == Regime::kSlow ? 0.3f * normal(generator) : regime.gates == Regime::kBound ? 30.0f : normal(generator);
+    if (raw)
+      return regime.gates == Regime::kSlow    ? 0.3f * normal(generator)
+             : regime.gates == Regime::kBound ? 30.0f
+                                              : normal(generator);
     switch (regime.gates) {
-      case Regime::kSlow: return -0.2f * uniform(generator);
-      case Regime::kFast: return -2.5f * uniform(generator);
-      case Regime::kBound: return -5.0f;
-      case Regime::kReset: return uniform(generator) < 0.02f ? -1000.0f : -0.1f * uniform(generator);
-      default: return 0.0f;
+      case Regime::kSlow:
+        return -0.2f * uniform(generator);
+      case Regime::kFast:
+        return -2.5f * uniform(generator);
+      case Regime::kBound:
+        return -5.0f;
+      case Regime::kReset:
+        return uniform(generator) < 0.02f ? -1000.0f : -0.1f * uniform(generator);
+      default:
+        return 0.0f;
     }
   });
   if (regime.gates == Regime::kReset && !x.g.empty()) x.g[x.g.size() / 2] = -INFINITY;
@@ -158,7 +173,8 @@ Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t seed =
     x.A_log.resize(x.B * x.HV);
     for (float& value : x.A_log) value = slow ? 0.0f : uniform(generator);
     x.dt_bias.resize(x.B * x.HV * Call::K);
-    for (float& value : x.dt_bias) value = slow ? -4.5f + 2.5f * uniform(generator) : uniform(generator);
+    for (float& value : x.dt_bias)
+      value = slow ? -4.5f + 2.5f * uniform(generator) : uniform(generator);
   }
   return c;
 }
@@ -193,15 +209,18 @@ bool check(const Case& c) {
   const auto state = launch.state_bits();
   const oracle::Result truth = oracle::forward(c.call);
   const double o_error = relative_rms(truth.o, [&](size_t i) { return double(bf16_value(o[i])); });
-  const double state_error = c.want_final ? relative_rms(truth.final_state, [&](size_t i) { return double(f32_value(state[i])); }) : 0.0;
+  const double state_error =
+      c.want_final
+          ? relative_rms(truth.final_state, [&](size_t i) { return double(f32_value(state[i])); })
+          : 0.0;
   const bool accurate = o_error <= c.limit && state_error <= c.limit;  // false for NaN
   bool repeats = true;
   for (int i = 0; i < 3; ++i) {
     good &= launch.run(i == 0 ? 0x3C : 0xFF);
     repeats &= launch.output_bits() == o && launch.state_bits() == state;
   }
-  std::printf("%-44s o %.2e  state %.2e  (limit %.3f)%s%s\n", c.name.c_str(), o_error, state_error, c.limit,
-              accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
+  std::printf("%-44s o %.2e  state %.2e  (limit %.3f)%s%s\n", c.name.c_str(), o_error, state_error,
+              c.limit, accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
   std::fflush(stdout);
   return good && accurate && repeats;
 }
@@ -232,7 +251,8 @@ std::vector<int32_t> ids_from_lengths(const std::vector<std::pair<int32_t, int64
   return ids;
 }
 
-Case packed_case(std::string name, int64_t B, int64_t HV, int64_t N, std::vector<int32_t> ids, bool states = true) {
+Case packed_case(std::string name, int64_t B, int64_t HV, int64_t N, std::vector<int32_t> ids,
+                 bool states = true) {
   Call c = raw_shape(oracle::Gate::kSoftplus, B, int64_t(ids.size()) / B, HV, HV);
   c.N = N;
   c.has_segment_ids = true;
@@ -246,17 +266,28 @@ Case packed_case(std::string name, int64_t B, int64_t HV, int64_t N, std::vector
 std::vector<Case> cases(bool quick) {
   using G = oracle::Gate;
   std::vector<Case> list;
-  for (int64_t T : {0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129}) list.push_back(make_case("log_decay T " + std::to_string(T), shape(1, T, 1, 1)));
+  for (int64_t T : {0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129})
+    list.push_back(make_case("log_decay T " + std::to_string(T), shape(1, T, 1, 1)));
   list.push_back(make_case("softplus, logits, l2norm", raw_shape(G::kSoftplus, 2, 100, 2, 2)));
-  list.push_back(make_case("bounded, logits, l2norm, fast", raw_shape(G::kBounded, 1, 200, 1, 2), {Regime::kRandom, Regime::kFast}));
-  list.push_back(make_case("softplus, fast", raw_shape(G::kSoftplus, 1, 200, 2, 2), {Regime::kRandom, Regime::kFast}));
-  list.push_back(make_case("bounded, at the bound", raw_shape(G::kBounded, 1, 130, 1, 1), {Regime::kRandom, Regime::kBound}));
-  list.push_back(make_case("log decay, resets", shape(1, 200, 1, 2), {Regime::kRandom, Regime::kReset}));
-  list.push_back(make_case("log decay, bound", shape(1, 130, 1, 1), {Regime::kRandom, Regime::kBound}));
-  list.push_back(make_case("log decay, none", shape(1, 130, 1, 1), {Regime::kRandom, Regime::kNone}));
-  list.push_back(make_case("log decay, one channel alive", shape(1, 200, 1, 1), {Regime::kRandom, Regime::kOneAlive}));
-  list.push_back(make_case("softplus, raw 30: every block pairwise", raw_shape(G::kSoftplus, 1, 130, 1, 1), {Regime::kRandom, Regime::kBound}));
-  list.push_back(make_case("GVA 2 / 6", raw_shape(G::kBounded, 2, 90, 2, 6), {Regime::kRandom, Regime::kFast}));
+  list.push_back(make_case("bounded, logits, l2norm, fast", raw_shape(G::kBounded, 1, 200, 1, 2),
+                           {Regime::kRandom, Regime::kFast}));
+  list.push_back(make_case("softplus, fast", raw_shape(G::kSoftplus, 1, 200, 2, 2),
+                           {Regime::kRandom, Regime::kFast}));
+  list.push_back(make_case("bounded, at the bound", raw_shape(G::kBounded, 1, 130, 1, 1),
+                           {Regime::kRandom, Regime::kBound}));
+  list.push_back(
+      make_case("log decay, resets", shape(1, 200, 1, 2), {Regime::kRandom, Regime::kReset}));
+  list.push_back(
+      make_case("log decay, bound", shape(1, 130, 1, 1), {Regime::kRandom, Regime::kBound}));
+  list.push_back(
+      make_case("log decay, none", shape(1, 130, 1, 1), {Regime::kRandom, Regime::kNone}));
+  list.push_back(make_case("log decay, one channel alive", shape(1, 200, 1, 1),
+                           {Regime::kRandom, Regime::kOneAlive}));
+  list.push_back(make_case("softplus, raw 30: every block pairwise",
+                           raw_shape(G::kSoftplus, 1, 130, 1, 1),
+                           {Regime::kRandom, Regime::kBound}));
+  list.push_back(make_case("GVA 2 / 6", raw_shape(G::kBounded, 2, 90, 2, 6),
+                           {Regime::kRandom, Regime::kFast}));
   {
     Case c = make_case("f32 gate and beta, initial state", shape(2, 150, 2, 2));
     c.g_bf16 = c.beta_bf16 = false;
@@ -276,41 +307,61 @@ std::vector<Case> cases(bool quick) {
     list.push_back(make_case("no final state", shape(1, 100, 1, 1)));
     list.back().want_final = false;
   }
-  for (auto [keys, text] : {std::pair{Regime::kIdentical, "identical"}, {Regime::kNear, "near-identical"}, {Regime::kZero, "zero"}}) {
-    list.push_back(make_case(std::string("keys ") + text + ", slow", raw_shape(G::kSoftplus, 1, 300, 1, 1), {keys, Regime::kSlow}));
+  for (auto [keys, text] : {std::pair{Regime::kIdentical, "identical"},
+                            {Regime::kNear, "near-identical"},
+                            {Regime::kZero, "zero"}}) {
+    list.push_back(make_case(std::string("keys ") + text + ", slow",
+                             raw_shape(G::kSoftplus, 1, 300, 1, 1), {keys, Regime::kSlow}));
     list.back().limit = 0.06;
-    list.push_back(make_case(std::string("keys ") + text + ", no decay", shape(1, 300, 1, 1), {keys, Regime::kNone}));
+    list.push_back(make_case(std::string("keys ") + text + ", no decay", shape(1, 300, 1, 1),
+                             {keys, Regime::kNone}));
     list.back().limit = 0.06;
   }
   list.push_back(packed_case("segments with padding inside", 2, 2, 4,
-                             ids_from_lengths({{1, 70}, {0, 5}, {2, 64}, {3, 1}, {1, 30}, {-1, 20}, {9, 40}, {0, 130}, {5, 90}, {6, 10}})));
+                             ids_from_lengths({{1, 70},
+                                               {0, 5},
+                                               {2, 64},
+                                               {3, 1},
+                                               {1, 30},
+                                               {-1, 20},
+                                               {9, 40},
+                                               {0, 130},
+                                               {5, 90},
+                                               {6, 10}})));
   list.push_back(packed_case("segments of one token", 1, 2, 5, [] {
     std::vector<int32_t> ids(100);
     for (int i = 0; i < 100; ++i) ids[i] = i + 1;
     return ids;
   }()));
-  list.push_back(packed_case("extreme ids", 1, 1, 3, ids_from_lengths({{INT32_MAX, 33}, {INT32_MIN, 7}, {INT32_MAX, 65}, {-5, 1}, {17, 100}})));
+  list.push_back(packed_case(
+      "extreme ids", 1, 1, 3,
+      ids_from_lengths({{INT32_MAX, 33}, {INT32_MIN, 7}, {INT32_MAX, 65}, {-5, 1}, {17, 100}})));
   list.push_back(packed_case("all padding", 1, 2, 2, ids_from_lengths({{0, 40}, {-1, 60}})));
   list.push_back(packed_case("one segment, slots to spare", 1, 1, 3, ids_from_lengths({{4, 100}})));
-  list.push_back(make_case("80 heads: whole heads, several chunks a CTA", raw_shape(G::kSoftplus, 1, 280, 80, 80)));
+  list.push_back(make_case("80 heads: whole heads, several chunks a CTA",
+                           raw_shape(G::kSoftplus, 1, 280, 80, 80)));
   if (quick) return list;
   {
     std::mt19937 generator(3);
     std::vector<int32_t> random(3000);
-    for (size_t i = 0; i < random.size(); ++i) random[i] = i > 0 && generator() % 40 != 0 ? random[i - 1] : int32_t(generator());
+    for (size_t i = 0; i < random.size(); ++i)
+      random[i] = i > 0 && generator() % 40 != 0 ? random[i - 1] : int32_t(generator());
     list.push_back(packed_case("random runs", 2, 3, 12, random));
     list.push_back(packed_case("more rows than slots", 3, 2, 1, random, false));
   }
   for (auto gate : {G::kSoftplus, G::kBounded})
     for (auto gates : {Regime::kSlow, Regime::kFast})
-      list.push_back(make_case(std::string(gate == G::kSoftplus ? "softplus" : "bounded") + (gates == Regime::kSlow ? " slow" : " fast") + " T 2048, H 8",
+      list.push_back(make_case(std::string(gate == G::kSoftplus ? "softplus" : "bounded") +
+                                   (gates == Regime::kSlow ? " slow" : " fast") + " T 2048, H 8",
                                raw_shape(gate, 1, 2048, 8, 8), {Regime::kRandom, gates}));
-  list.push_back(make_case("T 1000, 80 heads: whole heads", raw_shape(G::kSoftplus, 1, 1000, 80, 80)));
+  list.push_back(
+      make_case("T 1000, 80 heads: whole heads", raw_shape(G::kSoftplus, 1, 1000, 80, 80)));
   list.push_back(make_case("B 5, GVA 8 / 16", raw_shape(G::kSoftplus, 5, 333, 8, 16)));
   return list;
 }
 
-// One segment of a packed row against the same tokens alone: equal bits, though its neighbours are NaN.
+// One segment of a packed row against the same tokens alone: equal bits, though its neighbours are
+// NaN.
 bool check_packing(int64_t HV) {
   const std::vector<int64_t> lengths = {70, 1, 200, 64, 129};
   std::vector<std::pair<int32_t, int64_t>> runs;
@@ -321,8 +372,11 @@ bool check_packing(int64_t HV) {
   for (size_t n = 0; n < lengths.size(); start += lengths[n++]) {
     Case alone = packed;
     const int64_t state = HV * Call::K * Call::V;
-    auto cut = [&](std::vector<float>& x, int64_t row) { x = std::vector<float>(x.begin() + start * row, x.begin() + (start + lengths[n]) * row); };
-    cut(alone.call.q, HV * 128), cut(alone.call.k, HV * 128), cut(alone.call.v, HV * 128), cut(alone.call.g, HV * 128), cut(alone.call.beta, HV);
+    auto cut = [&](std::vector<float>& x, int64_t row) {
+      x = std::vector<float>(x.begin() + start * row, x.begin() + (start + lengths[n]) * row);
+    };
+    cut(alone.call.q, HV * 128), cut(alone.call.k, HV * 128), cut(alone.call.v, HV * 128),
+        cut(alone.call.g, HV * 128), cut(alone.call.beta, HV);
     alone.call.T = lengths[n];
     alone.call.N = 1;
     alone.call.has_segment_ids = alone.call.has_padding_segment_id = false;
@@ -332,7 +386,11 @@ bool check_packing(int64_t HV) {
     Case poisoned = packed;
     for (int64_t t = 0; t < packed.call.T; ++t) {
       if (t >= start && t < start + lengths[n]) continue;
-      for (auto [x, row] : {std::pair{&poisoned.call.q, HV * 128}, {&poisoned.call.k, HV * 128}, {&poisoned.call.v, HV * 128}, {&poisoned.call.g, HV * 128}, {&poisoned.call.beta, HV}})
+      for (auto [x, row] : {std::pair{&poisoned.call.q, HV * 128},
+                            {&poisoned.call.k, HV * 128},
+                            {&poisoned.call.v, HV * 128},
+                            {&poisoned.call.g, HV * 128},
+                            {&poisoned.call.beta, HV}})
         std::fill_n(x->begin() + t * row, row, NAN);
     }
     for (size_t m = 0; m < lengths.size(); ++m)
@@ -341,12 +399,18 @@ bool check_packing(int64_t HV) {
     good &= a.run(0xFF) && b.run(0xFF) && c.run(0xFF);
     const auto ao = a.output_bits(), bo = b.output_bits(), co = c.output_bits();
     const auto as = a.state_bits(), bs = b.state_bits(), cs = c.state_bits();
-    const bool outputs = std::equal(bo.begin(), bo.end(), ao.begin() + start * HV * 128) && std::equal(bo.begin(), bo.end(), co.begin() + start * HV * 128);
-    const bool states = std::equal(bs.begin(), bs.end(), as.begin() + n * state) && std::equal(bs.begin(), bs.end(), cs.begin() + n * state);
-    if (!outputs || !states) std::printf("  segment %zu of length %ld differs from itself alone (output %d, state %d)\n", n, lengths[n], outputs, states);
+    const bool outputs = std::equal(bo.begin(), bo.end(), ao.begin() + start * HV * 128) &&
+                         std::equal(bo.begin(), bo.end(), co.begin() + start * HV * 128);
+    const bool states = std::equal(bs.begin(), bs.end(), as.begin() + n * state) &&
+                        std::equal(bs.begin(), bs.end(), cs.begin() + n * state);
+    if (!outputs || !states)
+      std::printf("  segment %zu of length %ld differs from itself alone (output %d, state %d)\n",
+                  n, lengths[n], outputs, states);
     good &= outputs && states;
   }
-  std::printf("%-44s %s\n", ("packed equals alone, NaN neighbours, H " + std::to_string(HV)).c_str(), good ? "equal bits" : "FAILED");
+  std::printf("%-44s %s\n",
+              ("packed equals alone, NaN neighbours, H " + std::to_string(HV)).c_str(),
+              good ? "equal bits" : "FAILED");
   return good;
 }
 
@@ -371,7 +435,8 @@ bool check_streams(int rounds) {
     for (auto& launch : launches) good &= launch.output_bits() == o;
   }
   for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
-  std::printf("%-44s %s\n", ("four streams, " + std::to_string(rounds) + " rounds").c_str(), good ? "equal bits" : "FAILED");
+  std::printf("%-44s %s\n", ("four streams, " + std::to_string(rounds) + " rounds").c_str(),
+              good ? "equal bits" : "FAILED");
   return good;
 }
 
@@ -384,7 +449,8 @@ struct LargeCall {
     uint32_t seed = 0;
     auto normal = [&](DeviceBuffer& buffer, int64_t count, float scale, float shift) {
       buffer = DeviceBuffer(count * 2);
-      fill_normal<<<1024, 256>>>(static_cast<__nv_bfloat16*>(buffer.data()), count, ++seed, scale, shift);
+      fill_normal<<<1024, 256>>>(static_cast<__nv_bfloat16*>(buffer.data()), count, ++seed, scale,
+                                 shift);
     };
     normal(q, T * H * 128, 1, 0);
     normal(k, T * H * 128, 1, 0);
@@ -397,7 +463,8 @@ struct LargeCall {
     final_state = DeviceBuffer(N * H * Call::K * Call::V * 4);
     params.shape = {1, T, H, H, Call::K, Call::V, N, true};
     params.qkv_dtype = params.g_dtype = params.beta_dtype = DType::kBF16;
-    params.q = q.data(), params.k = k.data(), params.v = v.data(), params.g = g.data(), params.beta = beta.data();
+    params.q = q.data(), params.k = k.data(), params.v = v.data(), params.g = g.data(),
+    params.beta = beta.data();
     params.segment_ids = static_cast<int32_t*>(segment_ids.data());
     params.o = o.data();
     params.final_state = static_cast<float*>(final_state.data());
@@ -409,20 +476,29 @@ struct LargeCall {
   bool equals_alone(int64_t start, int64_t length, int64_t n) {
     const int64_t H = params.shape.H, row = H * 128, state = H * Call::K * Call::V;
     ForwardParams alone = params;
-    auto shift = [&](const void*& pointer, int64_t elements) { pointer = static_cast<const char*>(pointer) + start * elements * 2; };
-    shift(alone.q, row), shift(alone.k, row), shift(alone.v, row), shift(alone.g, row), shift(alone.beta, H);
-    alone.shape.T = length, alone.shape.N = 1, alone.shape.has_segment_ids = false, alone.segment_ids = nullptr;
-    DeviceBuffer own_o(length * row * 2), own_state(state * 4), scratch(forward_workspace_bytes(alone.shape));
+    auto shift = [&](const void*& pointer, int64_t elements) {
+      pointer = static_cast<const char*>(pointer) + start * elements * 2;
+    };
+    shift(alone.q, row), shift(alone.k, row), shift(alone.v, row), shift(alone.g, row),
+        shift(alone.beta, H);
+    alone.shape.T = length, alone.shape.N = 1, alone.shape.has_segment_ids = false,
+    alone.segment_ids = nullptr;
+    DeviceBuffer own_o(length * row * 2), own_state(state * 4),
+        scratch(forward_workspace_bytes(alone.shape));
     own_o.fill(0xFF), own_state.fill(0xFF);
-    alone.o = own_o.data(), alone.final_state = static_cast<float*>(own_state.data()), alone.workspace = scratch.data();
+    alone.o = own_o.data(), alone.final_state = static_cast<float*>(own_state.data()),
+    alone.workspace = scratch.data();
     if (!forward(alone, nullptr).ok()) return false;
     const auto expected = own_o.download<uint16_t>();
     const auto expected_state = own_state.download<uint32_t>();
     std::vector<uint16_t> got(expected.size());
     std::vector<uint32_t> got_state(expected_state.size());
-    CHECK_CUDA(cudaMemcpy(got.data(), static_cast<char*>(params.o) + start * row * 2, got.size() * 2, cudaMemcpyDeviceToHost));
-    CHECK_CUDA(cudaMemcpy(got_state.data(), params.final_state + n * state, got_state.size() * 4, cudaMemcpyDeviceToHost));
-    const bool finite = std::none_of(got.begin(), got.end(), [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
+    CHECK_CUDA(cudaMemcpy(got.data(), static_cast<char*>(params.o) + start * row * 2,
+                          got.size() * 2, cudaMemcpyDeviceToHost));
+    CHECK_CUDA(cudaMemcpy(got_state.data(), params.final_state + n * state, got_state.size() * 4,
+                          cudaMemcpyDeviceToHost));
+    const bool finite =
+        std::none_of(got.begin(), got.end(), [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
     return finite && got == expected && got_state == expected_state;
   }
 
@@ -443,7 +519,8 @@ struct LargeCall {
 bool check_large_offsets() {
   LargeCall call(128, {131100, 100}, 2);  // 2.15e9 elements an operand
   const bool good = call.run() && call.equals_alone(131100, 100, 1);
-  std::printf("%-44s %s\n", "T H K beyond 2^31, the last 100 tokens", good ? "equal bits" : "FAILED");
+  std::printf("%-44s %s\n", "T H K beyond 2^31, the last 100 tokens",
+              good ? "equal bits" : "FAILED");
   return good;
 }
 
@@ -451,10 +528,12 @@ bool check_many_pairs() {
   std::vector<int64_t> lengths(1100);
   std::vector<int64_t> starts(lengths.size());
   int64_t T = 0;
-  for (size_t n = 0; n < lengths.size(); T += lengths[n++]) starts[n] = T, lengths[n] = 1 + int64_t(n * 7 % 70);
+  for (size_t n = 0; n < lengths.size(); T += lengths[n++])
+    starts[n] = T, lengths[n] = 1 + int64_t(n * 7 % 70);
   LargeCall call(64, lengths, int64_t(lengths.size()));
   bool good = call.run();
-  for (int64_t n : {0, 1, 511, 1023, 1024, 1099}) good &= call.equals_alone(starts[n], lengths[n], n);
+  for (int64_t n : {0, 1, 511, 1023, 1024, 1099})
+    good &= call.equals_alone(starts[n], lengths[n], n);
   std::printf("%-44s %s\n", "70,400 (segment, head) pairs", good ? "equal bits" : "FAILED");
   return good;
 }
@@ -467,14 +546,17 @@ bool check_refusals() {
     change(params);
     const Status status = forward(params, nullptr);
     const bool told = !status.ok() && status.message.find(word) != std::string::npos;
-    if (!told) std::printf("  expected a refusal that names %s, got '%s'\n", word, status.message.c_str());
+    if (!told)
+      std::printf("  expected a refusal that names %s, got '%s'\n", word, status.message.c_str());
     return told;
   };
   bool good = true;
   good &= refused([](ForwardParams& p) { p.shape.HV = 3, p.shape.H = 2; }, "HV");
   good &= refused([](ForwardParams& p) { p.shape.K = 64; }, "K = 64");
-  good &= refused([](ForwardParams& p) { p.q = static_cast<const char*>(p.q) + 2; }, "q is not aligned");
-  good &= refused([](ForwardParams& p) { p.gate = Gate::kBounded, p.gate_lower_bound = -6; }, "gate_lower_bound");
+  good &= refused([](ForwardParams& p) { p.q = static_cast<const char*>(p.q) + 2; },
+                  "q is not aligned");
+  good &= refused([](ForwardParams& p) { p.gate = Gate::kBounded, p.gate_lower_bound = -6; },
+                  "gate_lower_bound");
   good &= refused([](ForwardParams& p) { p.gate = Gate::kSoftplus; }, "A_log");
   good &= launch.run(0xFF);  // the next valid call works
   std::printf("%-44s %s\n", "refusals", good ? "told" : "FAILED");

@@ -1,4 +1,5 @@
-// Times the forward without JAX: CUDA events, median over repeats, two input sets in rotation; and each stage alone.
+// Times the forward without JAX: CUDA events, median over repeats, two input sets in rotation; and
+// each stage alone.
 //   forward_time [name ...]
 #include <algorithm>
 #include <cmath>
@@ -24,7 +25,8 @@ struct Inputs {
     const int64_t tokens = s.B * s.T;
     auto normal = [&](int64_t count, float scale, float shift) {
       DeviceBuffer buffer(count * 2);
-      fill_normal<<<1024, 256>>>(static_cast<__nv_bfloat16*>(buffer.data()), count, ++seed * 7919, scale, shift);
+      fill_normal<<<1024, 256>>>(static_cast<__nv_bfloat16*>(buffer.data()), count, ++seed * 7919,
+                                 scale, shift);
       return buffer;
     };
     q = normal(tokens * s.H * 128, 1, 0);
@@ -44,14 +46,24 @@ struct Inputs {
     A_log = upload_as(A, false);
     dt_bias = upload_as(bias, false);
     std::vector<int32_t> ids;
-    for (size_t n = 0; n < s.lengths.size(); ++n) ids.insert(ids.end(), s.lengths[n], int32_t(n + 1));
+    for (size_t n = 0; n < s.lengths.size(); ++n)
+      ids.insert(ids.end(), s.lengths[n], int32_t(n + 1));
     segment_ids = DeviceBuffer(ids.size() * 4);
     segment_ids.upload(ids);
     o = DeviceBuffer(tokens * s.HV * 256);
-    params.shape = {s.B, s.T, s.H, s.HV, 128, 128, s.lengths.empty() ? 1 : int64_t(s.lengths.size()), !s.lengths.empty()};
+    params.shape = {s.B,
+                    s.T,
+                    s.H,
+                    s.HV,
+                    128,
+                    128,
+                    s.lengths.empty() ? 1 : int64_t(s.lengths.size()),
+                    !s.lengths.empty()};
     params.qkv_dtype = params.g_dtype = params.beta_dtype = DType::kBF16;
-    params.q = q.data(), params.k = k.data(), params.v = v.data(), params.g = g.data(), params.beta = beta.data();
-    params.A_log = static_cast<float*>(A_log.data()), params.dt_bias = static_cast<float*>(dt_bias.data());
+    params.q = q.data(), params.k = k.data(), params.v = v.data(), params.g = g.data(),
+    params.beta = beta.data();
+    params.A_log = static_cast<float*>(A_log.data()),
+    params.dt_bias = static_cast<float*>(dt_bias.data());
     params.segment_ids = static_cast<int32_t*>(segment_ids.data());
     params.o = o.data();
     params.gate = gate;
@@ -96,16 +108,23 @@ void time_shape(const Shape& s, Gate gate, bool fast) {
   const ForwardWorkspace workspace = forward_workspace(sets[0].params.shape);
   auto aligned = [&](int i) {
     ForwardParams params = sets[i % 2].params;
-    params.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(params.workspace) + 1023) / 1024 * 1024);
+    params.workspace = reinterpret_cast<void*>(
+        (reinterpret_cast<uintptr_t>(params.workspace) + 1023) / 1024 * 1024);
     return params;
   };
   double table = 0.0;
-  if (!s.lengths.empty()) table = median_ms([&](int i) { require(sm90::launch_segment_table(aligned(i), workspace, nullptr)); });
-  const double prepare = median_ms([&](int i) { require(sm90::launch_chunk_prepare(aligned(i), workspace, nullptr)); });
-  const double state = median_ms([&](int i) { require(sm90::launch_chunk_state_output(aligned(i), workspace, nullptr)); });
+  if (!s.lengths.empty())
+    table = median_ms(
+        [&](int i) { require(sm90::launch_segment_table(aligned(i), workspace, nullptr)); });
+  const double prepare = median_ms(
+      [&](int i) { require(sm90::launch_chunk_prepare(aligned(i), workspace, nullptr)); });
+  const double state = median_ms(
+      [&](int i) { require(sm90::launch_chunk_state_output(aligned(i), workspace, nullptr)); });
   const double floor = 5.0 * s.B * s.T * s.HV * 256 / 4.3e9;
-  std::printf("%-14s %-8s %-4s  all %7.3f ms  table %6.3f  prepare %7.3f  state %7.3f  floor %.3f\n", s.name,
-              gate == Gate::kSoftplus ? "softplus" : "bounded", fast ? "fast" : "slow", whole, table, prepare, state, floor);
+  std::printf(
+      "%-14s %-8s %-4s  all %7.3f ms  table %6.3f  prepare %7.3f  state %7.3f  floor %.3f\n",
+      s.name, gate == Gate::kSoftplus ? "softplus" : "bounded", fast ? "fast" : "slow", whole,
+      table, prepare, state, floor);
   std::fflush(stdout);
 }
 

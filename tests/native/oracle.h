@@ -33,7 +33,8 @@ inline double log_decay(const Call& c, double g, double A_log, double dt_bias) {
     const double x = g + dt_bias;
     return -std::exp(A_log) * (std::max(x, 0.0) + std::log1p(std::exp(-std::fabs(x))));
   }
-  if (c.gate == Gate::kBounded) return c.gate_lower_bound / (1.0 + std::exp(-std::exp(A_log) * (g + dt_bias)));
+  if (c.gate == Gate::kBounded)
+    return c.gate_lower_bound / (1.0 + std::exp(-std::exp(A_log) * (g + dt_bias)));
   return g;
 }
 
@@ -48,7 +49,9 @@ inline double norm_factor(const float* x, bool enabled) {
 inline void recurrence(const Call& c, int64_t b, int64_t h, Result& result) {
   constexpr int64_t K = Call::K, V = Call::V;
   std::vector<double> S(K * V, 0.0), read(V);
-  auto padding = [&](int32_t id) { return id < 0 || (c.has_padding_segment_id && id == c.padding_segment_id); };
+  auto padding = [&](int32_t id) {
+    return id < 0 || (c.has_padding_segment_id && id == c.padding_segment_id);
+  };
   auto state = [&](int64_t n) { return ((b * c.N + n) * c.HV + h) * K * V; };
   int64_t segment = -1;
   auto keep = [&] {
@@ -59,14 +62,16 @@ inline void recurrence(const Call& c, int64_t b, int64_t h, Result& result) {
   for (int64_t t = 0; t < c.T; ++t) {
     const int32_t id = c.has_segment_ids ? c.segment_ids[b * c.T + t] : 1;
     const bool pad = c.has_segment_ids && padding(id);
-    const bool starts = !pad && (!inside || (c.has_segment_ids && id != c.segment_ids[b * c.T + t - 1]));
+    const bool starts =
+        !pad && (!inside || (c.has_segment_ids && id != c.segment_ids[b * c.T + t - 1]));
     if ((pad || starts) && inside) keep();
     inside = !pad;
     if (pad) continue;  // the output stays zero
     if (starts) {
       ++segment;
       for (int64_t i = 0; i < K * V; ++i)
-        S[i] = segment < c.N && !c.initial_state.empty() ? c.initial_state[state(segment) + i] : 0.0;
+        S[i] =
+            segment < c.N && !c.initial_state.empty() ? c.initial_state[state(segment) + i] : 0.0;
     }
     const float* q = &c.q[((b * c.T + t) * c.H + h / (c.HV / c.H)) * K];
     const float* k = &c.k[((b * c.T + t) * c.H + h / (c.HV / c.H)) * K];
@@ -74,11 +79,13 @@ inline void recurrence(const Call& c, int64_t b, int64_t h, Result& result) {
     const float* g = &c.g[((b * c.T + t) * c.HV + h) * K];
     double beta = c.beta[(b * c.T + t) * c.HV + h];
     if (c.beta_is_logits) beta = (c.allow_neg_eigval ? 2.0 : 1.0) / (1.0 + std::exp(-beta));
-    const double q_factor = norm_factor(q, c.qk_l2norm) * c.scale, k_factor = norm_factor(k, c.qk_l2norm);
+    const double q_factor = norm_factor(q, c.qk_l2norm) * c.scale,
+                 k_factor = norm_factor(k, c.qk_l2norm);
     std::fill(read.begin(), read.end(), 0.0);
     for (int64_t i = 0; i < K; ++i) {
-      const double decay = std::exp(log_decay(c, g[i], c.A_log.empty() ? 0.0 : c.A_log[b * c.HV + h],
-                                              c.dt_bias.empty() ? 0.0 : c.dt_bias[(b * c.HV + h) * K + i]));
+      const double decay =
+          std::exp(log_decay(c, g[i], c.A_log.empty() ? 0.0 : c.A_log[b * c.HV + h],
+                             c.dt_bias.empty() ? 0.0 : c.dt_bias[(b * c.HV + h) * K + i]));
       for (int64_t j = 0; j < V; ++j) {
         S[i * V + j] *= decay;
         read[j] += S[i * V + j] * k[i] * k_factor;
@@ -96,7 +103,8 @@ inline void recurrence(const Call& c, int64_t b, int64_t h, Result& result) {
   if (!c.has_segment_ids && c.T == 0) segment = -1;
   for (int64_t n = segment + 1; n < c.N; ++n)
     for (int64_t i = 0; i < K * V; ++i)
-      result.final_state[state(n) + i] = c.initial_state.empty() ? 0.0 : c.initial_state[state(n) + i];
+      result.final_state[state(n) + i] =
+          c.initial_state.empty() ? 0.0 : c.initial_state[state(n) + i];
 }
 
 inline Result forward(const Call& c) {

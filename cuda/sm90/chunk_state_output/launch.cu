@@ -22,16 +22,19 @@ constexpr size_t shared_bytes() {
 
 template <class Config>
 Status raise_limit() {
-  return cuda_status(cudaFuncSetAttribute(chunk_state_output_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  return cuda_status(cudaFuncSetAttribute(chunk_state_output_kernel<Config>,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes<Config>())),
                      "chunk_state_output_kernel: cudaFuncSetAttribute");
 }
 
 template <class Config>
-Status launch(const ForwardParams& params, const ForwardWorkspace& workspace, int64_t items, int sms, CUstream_st* stream) {
+Status launch(const ForwardParams& params, const ForwardWorkspace& workspace, int64_t items,
+              int sms, CUstream_st* stream) {
   const unsigned ctas = static_cast<unsigned>(std::min<int64_t>(items, sms));
   clear_older_error();
-  chunk_state_output_kernel<Config><<<ctas, Config::kThreads, shared_bytes<Config>(), stream>>>(params, workspace);
+  chunk_state_output_kernel<Config>
+      <<<ctas, Config::kThreads, shared_bytes<Config>(), stream>>>(params, workspace);
   return launch_status(kName);
 }
 
@@ -42,14 +45,16 @@ Status initialize_chunk_state_output() {
   return raise_limit<HalfHead>();
 }
 
-// Two CTAs share a head while that leaves none waiting: a step takes 0.9 us for half a head and 1.6 us for a whole one.
-// Both give the same bits.
-Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace, CUstream_st* stream) {
+// Two CTAs share a head while that leaves none waiting: a step takes 0.9 us for half a head and 1.6
+// us for a whole one. Both give the same bits.
+Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
+                                 CUstream_st* stream) {
   const ForwardShape& shape = params.shape;
   int sms = 0;
   if (Status status = multiprocessors(sms); !status.ok()) return status;
   const int64_t chains = (shape.has_segment_ids ? shape.B * shape.T : shape.B) * shape.HV;
-  if (shape.B * shape.HV * 2 <= sms) return launch<HalfHead>(params, workspace, 2 * chains, sms, stream);
+  if (shape.B * shape.HV * 2 <= sms)
+    return launch<HalfHead>(params, workspace, 2 * chains, sms, stream);
   return launch<WholeHead>(params, workspace, chains, sms, stream);
 }
 

@@ -94,7 +94,8 @@ def floor_ms(shape) -> float:
 def make_inputs(shape, gate, seed):
     """The op's arguments: q, k, v, g, beta, A_log, dt_bias, [segment_ids].
 
-    fast: the state is forgotten within some 16 tokens. slow: the layer's initialisation, mean log decay about -0.1.
+    fast: the state is forgotten within some 16 tokens. slow: the layer's initialisation, mean log
+    decay about -0.1.
     """
     import jax
     import jax.numpy as jnp
@@ -226,7 +227,7 @@ def time_fla(shape, gate) -> float:
     call = lambda i: chunk_kda(**sets[i % 2], use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True)
     times = []
     with torch.no_grad():
-        for repeat in range(12):
+        for _ in range(12):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for i in range(10):

@@ -94,8 +94,8 @@ def floor_ms(shape) -> float:
 def make_inputs(shape, gate, seed):
     """The op's arguments: q, k, v, g, beta, A_log, dt_bias, [segment_ids].
 
-    fast: the state is forgotten within some 16 tokens. slow: the layer's initialisation, mean log
-    decay about -0.1.
+    fast: the state is forgotten within some 16 tokens. slow: the layer's initialisation with
+    A_log = 0, mean log decay about -0.02.
     """
     import jax
     import jax.numpy as jnp

@@ -63,8 +63,9 @@ def _stage(stage, problem):
             _fold(operand, axis_size, batched)
             for operand, batched in zip(operands, in_batched, strict=True)
         ]
-        results = tuple(_unfold(result, axis_size) for result in _stage(stage, problem)(*folded))
-        return results, (True,) * len(results)
+        rows = operands[0].shape[1 if in_batched[0] else 0]
+        results = _stage(stage, problem)(*folded)
+        return tuple(_unfold(x, rows, axis_size) for x in results), (True,) * len(results)
 
     @jax.custom_jvp
     def reverse_mode_once(*operands):
@@ -94,9 +95,8 @@ def _fold(x, axis_size, batched):
     return x.reshape(x.shape[0] * axis_size, *x.shape[2:])
 
 
-def _unfold(x, axis_size):
-    x = x.reshape(x.shape[0] // axis_size if axis_size else 0, axis_size, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 0)
+def _unfold(x, rows, axis_size):
+    return jnp.moveaxis(x.reshape(rows, axis_size, *x.shape[1:]), 1, 0)
 
 
 # -------------------------------------------------------------------------------------- sharding
@@ -116,8 +116,8 @@ def _dispatch(stage, problem, *operands):
         return _shard_mapped(stage, problem, mesh, operands)
     if types and all(kind == AxisType.Manual for kind in types.values()):
         return _bind(stage, problem, *operands)
-    devices = math.prod(mesh.shape[name] for name in types if types[name] == AxisType.Auto)
-    return _partitioned(stage, problem, devices)(*operands)
+    auto = math.prod(mesh.shape[name] for name in types if types[name] == AxisType.Auto)
+    return _partitioned(stage, problem, auto if types else None)(*operands)
 
 
 def _mesh(operands):
@@ -232,7 +232,7 @@ def _shard_mapped(stage, problem, mesh, operands):
 
 @functools.cache
 def _partitioned(stage, problem, devices):
-    """The stage under Auto mesh axes, which are `devices` devices altogether."""
+    """The stage under Auto mesh axes: `devices` devices altogether, or all of them (None)."""
     operand_names, result_names = problem.signature(stage)
     bind = functools.partial(_bind, stage, problem)
 
@@ -281,7 +281,7 @@ def _unnamed_split(problem, operands, devices):
     if problem.sizes(operands)["H"] % heads:
         heads = 1
     known = sorted(v.sharding.device_set, key=lambda device: device.id)
-    grid = np.array(known[:devices]).reshape(batch, heads, -1)
+    grid = np.array(known[:devices]).reshape(batch, heads, -1)  # only its shape matters
     return jax.sharding.Mesh(grid, ("batch", "heads", "copies")), ("batch",), ("heads",)
 
 

@@ -24,6 +24,9 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend(
 jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
+SMALL = dict(B=2, H=1, HV=2)  # one size for most tests: a plain call is then compiled once
+
+
 def make(implementation, names=NAMES, lead=(), seed=0, B=4, T=70, H=4, HV=8, N=3):
     """Arrays by name; `lead` puts axes to be mapped in front."""
     K, dtype = (128, jnp.bfloat16) if implementation == "cuda" else (16, jnp.float32)
@@ -90,7 +93,7 @@ def count(jaxpr, primitive):
 
 
 def test_the_plain_call_is_the_jitted_one(implementation):
-    arrays = make(implementation, B=2)
+    arrays = make(implementation, **SMALL)
     wanted = {name: single(implementation)(arrays)[name] for name in ("o", "final_state")}
     o, state = attend(implementation, arrays)
     assert_same(dict(o=o, final_state=state), wanted)
@@ -104,40 +107,47 @@ def looped(run, arrays, mapped, axis_size):
     return jax.tree.map(lambda *x: jnp.stack(x), *rows)
 
 
-def vmapped_inputs(implementation, mapped, axis_size=2, **sizes):
-    arrays = make(implementation, B=2, T=20, H=1, HV=2, **sizes)
-    many = make(implementation, B=2, T=20, H=1, HV=2, lead=(axis_size,), seed=1, **sizes)
-    return arrays | {name: many[name] for name in mapped}
+def vmapped_inputs(implementation, mapped, axis_size=2):
+    many = make(implementation, **SMALL, lead=(axis_size,), seed=1)
+    return make(implementation, **SMALL) | {name: many[name] for name in mapped}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_over_one_argument(name, implementation):
-    arrays = vmapped_inputs(implementation, [name])
-    run = functools.partial(attend, implementation)
+def test_vmap_over_one_argument(name):
+    arrays = vmapped_inputs("xla", [name])
+    run = functools.partial(attend, "xla")
     o, state = jit(jax.vmap(run, in_axes=({n: 0 if n == name else None for n in arrays},)))(arrays)
-    wanted = looped(single(implementation), arrays, [name], 2)
+    wanted = looped(single("xla"), arrays, [name], 2)
     assert_same((o, state), (wanted["o"], wanted["final_state"]))
 
 
-@pytest.mark.parametrize("mapped", [NAMES, ("q", "segment_ids"), ("A_log",)], ids=len)
-def test_vmap_of_grad(mapped, implementation):
+@pytest.mark.parametrize(
+    "implementation, mapped",
+    [
+        pytest.param("xla", NAMES, id="all"),
+        pytest.param("xla", ("q", "segment_ids"), id="two"),
+        pytest.param("xla", ("A_log",), id="A_log"),
+        pytest.param("cuda", NAMES, id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_vmap_of_grad(implementation, mapped):
     arrays = vmapped_inputs(implementation, mapped)
     run = functools.partial(with_gradients, implementation)
     got = jit(jax.vmap(run, in_axes=({n: 0 if n in mapped else None for n in arrays},)))(arrays)
     assert_same(got, looped(single(implementation), arrays, mapped, 2))
 
 
-def test_grad_of_nested_vmap(implementation):
+def test_grad_of_nested_vmap():
     """Two mapped axes, one of them last, and the summed gradients of what the calls share."""
     outer, inner = ("q", "v", "segment_ids"), ("v", "beta", "dt_bias")
-    arrays = make(implementation, B=2, T=20, H=1, HV=2)
-    many = make(implementation, B=2, T=20, H=1, HV=2, lead=(2, 3), seed=1)
+    arrays = make("xla", **SMALL)
+    many = make("xla", **SMALL, lead=(2, 3), seed=1)
     arrays |= {"q": many["q"][:, 0], "segment_ids": many["segment_ids"][:, 0]}
     arrays |= {"beta": many["beta"][0], "dt_bias": many["dt_bias"][0]}
     arrays |= {"v": jnp.moveaxis(many["v"], 1, -1)}  # [2, ..., 3]
 
     def nested(floats):
-        run = functools.partial(attend, implementation)
+        run = functools.partial(attend, "xla")
         axes = {n: (-1 if n in outer else 0) if n in inner else None for n in NAMES}
         run = jax.vmap(run, in_axes=(axes,))
         run = jax.vmap(run, in_axes=({n: 0 if n in outer else None for n in NAMES},))
@@ -151,7 +161,7 @@ def test_grad_of_nested_vmap(implementation):
     def one(i, j):
         row = {n: x[i] if n in outer else x for n, x in arrays.items()}
         row |= {"v": row["v"][..., j], "beta": row["beta"][j], "dt_bias": row["dt_bias"][j]}
-        return single(implementation)(row)
+        return single("xla")(row)
 
     floats = {n: x for n, x in arrays.items() if n != "segment_ids"}
     calls = [[one(i, j) for j in range(3)] for i in range(2)]
@@ -182,7 +192,7 @@ def layers(implementation, residual_name, policy, weights, arrays):
 
 
 def test_remat_with_named_residuals_in_a_scan_over_layers(implementation):
-    arrays = make(implementation, B=2, H=1, HV=2)
+    arrays = make(implementation, **SMALL)
     V = arrays["v"].shape[-1]
     weights = jnp.stack([jnp.eye(V) * 0.5, jnp.eye(V), jnp.eye(V)[::-1]]).astype(arrays["v"].dtype)
     policies = jax.checkpoint_policies
@@ -205,7 +215,7 @@ def test_remat_with_named_residuals_in_a_scan_over_layers(implementation):
 
 
 def test_without_a_name_only_raw_inputs_are_saved():
-    arrays = make("xla", B=2, H=1, HV=2)
+    arrays = make("xla", **SMALL)
     floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
 
     def run(x):
@@ -217,7 +227,7 @@ def test_without_a_name_only_raw_inputs_are_saved():
 
 
 def test_donated_state_is_reused(implementation):
-    arrays = make(implementation, B=2, H=1, HV=2)
+    arrays = make(implementation, **SMALL)
     state = arrays.pop("initial_state")
     wanted = single(implementation)(arrays | {"initial_state": state})
     wanted = (wanted["o"], wanted["final_state"])
@@ -382,31 +392,31 @@ def test_vmap_of_a_sharded_batch_moves_nothing(types):
 
 
 @pytest.mark.parametrize("types", [(AUTO, AUTO), (EXPLICIT, EXPLICIT)], ids=["auto", "explicit"])
-def test_shared_parameters_are_summed_over_the_batch(types, implementation):
+def test_shared_parameters_are_summed_over_the_batch(types):
     """The one collective of a training step: the sum of dA_log and d_dt_bias over batch rows."""
     mesh = mesh_of(*types)
-    arrays = make(implementation)
-    wanted = single(implementation)(arrays)
+    arrays = make("xla")
+    wanted = single("xla")(arrays)
     sharded = {}
     for name, x in arrays.items():
         whole = spec(name, "x", "y")
         where = P(*whole[1:]) if name in ("A_log", "dt_bias") else whole
         sharded[name] = jax.device_put(x, NamedSharding(mesh, where))
     with jax.set_mesh(mesh):
-        compiled = jit(functools.partial(with_gradients, implementation)).lower(sharded).compile()
+        compiled = jit(functools.partial(with_gradients, "xla")).lower(sharded).compile()
     assert_same(compiled(sharded), wanted)
     found = collectives(compiled)
     assert set(found) == {"all-reduce"} and len(found) <= 2
 
 
-def test_shared_parameters_under_shard_map(implementation):
+def test_shared_parameters_under_shard_map():
     mesh = mesh_of(AUTO, AUTO)
-    arrays = make(implementation)
-    wanted = single(implementation)(arrays)
+    arrays = make("xla")
+    wanted = single("xla")(arrays)
     specs = {name: spec(name, "x", "y") for name in AXES}
     specs |= {name: P(*specs[name][1:]) for name in ("A_log", "dt_bias")}
     run = jax.shard_map(
-        functools.partial(with_gradients, implementation),
+        functools.partial(with_gradients, "xla"),
         mesh=mesh,
         in_specs=({name: specs[name] for name in arrays},),
         out_specs={name: specs[name.removeprefix("d_")] for name in wanted},
@@ -462,7 +472,7 @@ def test_cuda_by_name_is_refused_on_another_platform():
 
 @pytest.mark.parametrize("sizes", [dict(T=0), dict(B=0), dict(T=0, B=0)], ids=str)
 def test_empty_calls(sizes, implementation):
-    arrays = make(implementation, **(dict(B=2, H=1, HV=2) | sizes))
+    arrays = make(implementation, **(SMALL | sizes))
     got = single(implementation)(arrays)
     assert_same(got["final_state"], arrays["initial_state"])
     assert_same(got["d_initial_state"], 2 * arrays["initial_state"])
@@ -471,9 +481,9 @@ def test_empty_calls(sizes, implementation):
     assert got["o"].shape == arrays["v"].shape and not np.any(got["o"])
 
 
-def test_vmap_over_nothing(implementation):
-    arrays = make(implementation, B=2, T=20, H=1, HV=2, lead=(0,))
-    o, state = jax.vmap(functools.partial(attend, implementation))(arrays)
+def test_vmap_over_nothing():
+    arrays = make("xla", **SMALL, lead=(0,))
+    o, state = jax.vmap(functools.partial(attend, "xla"))(arrays)
     assert o.shape == arrays["v"].shape and state.shape == arrays["initial_state"].shape
 
 

@@ -138,7 +138,9 @@ def test_vmap_of_grad():
     qs = jnp.stack([arguments[0], arguments[0] * 0.5])
     mapped = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, *[None] * 7)))(qs, *arguments[1:])
     for i in range(2):
-        assert_same(mapped[i], jax.jit(jax.grad(loss))(qs[i], *arguments[1:]))
+        alone = np.asarray(jax.jit(jax.grad(loss))(qs[i], *arguments[1:]), np.float32)
+        # The backward is XLA's, which picks its matrix products by batch size: a bf16 digit may turn.
+        np.testing.assert_allclose(np.asarray(mapped[i], np.float32), alone, rtol=2**-6, atol=1e-6)
 
 
 def _specs(batch, heads):

@@ -69,8 +69,8 @@ def assert_same(got, wanted):
     got, wanted = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted)
     for (path, x), (_, y) in zip(got, wanted, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype, path
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         eps = 2.0**-7 if y.dtype == jnp.bfloat16 else 2e-5
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.isfinite(x).all(), path
         if y.size:
             assert np.abs(x - y).max() <= eps * np.abs(y).max(), path

@@ -1,11 +1,13 @@
-"""Kimi Delta Attention on XLA: the chunk-parallel form of op.md section 1, one chunk of 64 tokens a step.
+"""Kimi Delta Attention on XLA: the chunk-parallel form of op.md section 1, one chunk of 64 tokens a
+step.
 
-The forward walks each segment's chunks and carries its state. The backward saves nothing: it walks once forward for the
-state each chunk starts from, then in reverse, differentiating one recomputed chunk at a time. Temporaries are therefore
-one chunk's intermediates and, in the backward, one state per 64 tokens.
+The forward walks each segment's chunks and carries its state. The backward saves nothing: it walks
+once forward for the state each chunk starts from, then in reverse, differentiating one recomputed
+chunk at a time. Temporaries are therefore one chunk's intermediates and, in the backward, one state
+per 64 tokens.
 
-Arithmetic is fp32 (fp64 for float64 inputs). For 16-bit inputs the products may run on tf32 matrix units, whose operands
-keep more digits than the inputs have; for float32 inputs they are exact fp32.
+Arithmetic is fp32 (fp64 for float64 inputs). For 16-bit inputs the products may run on tf32 matrix
+units, whose operands keep more digits than the inputs have; for float32 inputs they are exact fp32.
 """
 
 import functools
@@ -51,7 +53,9 @@ def forward(problem: Problem, *operands):
 
 
 def backward(problem: Problem, *operands):
-    """Gradients of the float operands of `problem`, from its operands and the cotangents of its results."""
+    """Gradients of the float operands of `problem`, from its operands and the cotangents of its
+    results.
+    """
     call = _Call(problem, operands)
     cotangents = operands[len(problem.operand_names) :]
     d_o = _pad_tail(cotangents[0], call.padded_T)
@@ -91,7 +95,7 @@ def backward(problem: Problem, *operands):
         d_o_tile = _take(d_o, chunk.start)
         d_o_tile = jnp.where(_rows(chunk.mask(), d_o_tile), d_o_tile, 0)
         d_tile, d_own, d_state = pull_back((d_o_tile, d_state))
-        d_tokens = [_put(d, chunk, t) for d, t in zip(d_tokens, d_tile)]
+        d_tokens = [_put(d, chunk, t) for d, t in zip(d_tokens, d_tile, strict=True)]
         d_parameters = jax.tree.map(jnp.add, d_parameters, d_own)
         return (
             d_tokens,
@@ -100,7 +104,8 @@ def backward(problem: Problem, *operands):
             d_state,
         )
 
-    # A slot past the row's last segment hands its initial state through, so its cotangent goes the same way back.
+    # A slot past the row's last segment hands its initial state through, so its cotangent goes the
+    # same way back.
     d_tokens, d_parameters, d_states, _ = lax.fori_loop(
         0,
         call.schedule.count,
@@ -111,7 +116,9 @@ def backward(problem: Problem, *operands):
 
 
 class _Call:
-    """The operands of one call, resolved: padded tokens, gate parameters, states, and the schedule over them."""
+    """The operands of one call, resolved: padded tokens, gate parameters, states, and the schedule
+    over them.
+    """
 
     def __init__(self, problem: Problem, operands):
         self.problem = problem
@@ -134,7 +141,8 @@ class _Call:
 
     def gradients(self, d_tokens, d_parameters, d_states):
         """All gradients in operand order, without the padding."""
-        named = dict(zip(_TOKEN_OPERANDS, (d[:, : self.T] for d in d_tokens)))
+        unpadded = (d[:, : self.T] for d in d_tokens)
+        named = dict(zip(_TOKEN_OPERANDS, unpadded, strict=True))
         named.update(d_parameters, initial_state=d_states)
         return tuple(named[name] for name in self.problem.differentiable_names)
 
@@ -150,7 +158,7 @@ class _Call:
 
 
 def _chunk(problem: Problem, mask, tile, parameters, state):
-    """One chunk of op.md section 1: its outputs [B, C, HV, V] and the state after it [B, HV, K, V]."""
+    """One chunk: its outputs [B, C, HV, V] and the state after it [B, HV, K, V]."""
     dtype = state.dtype
     precision = lax.Precision.DEFAULT if tile[2].dtype.itemsize == 2 else lax.Precision.HIGHEST
     einsum = functools.partial(jnp.einsum, precision=precision)
@@ -166,7 +174,8 @@ def _chunk(problem: Problem, mask, tile, parameters, state):
 
 
 def _inputs(problem: Problem, mask, tile, parameters, dtype):
-    """Masked, normalised, gated inputs of a chunk, [B, HV, C, ..]; q scaled, q and k repeated for their value heads.
+    """Masked, normalised, gated inputs of a chunk, [B, HV, C, ..]; q scaled, q and k repeated for
+    their value heads.
 
     Rows outside the chunk are selected away before anything touches them, and decay nothing.
     """
@@ -329,7 +338,9 @@ def _take(x, start):
 
 
 def _put(x, chunk, tile):
-    """x [B, T, ..] with the chunk's tokens replaced by those of `tile`; its other rows belong to others."""
+    """x [B, T, ..] with the chunk's tokens replaced by those of `tile`; its other rows belong to
+    others.
+    """
     start = chunk.start
     tile = jnp.where(_rows(chunk.mask(), tile), tile, _take(x, start))
     if start.shape == (1,):

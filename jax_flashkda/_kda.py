@@ -44,48 +44,56 @@ def kimi_delta_attention(
 
         S <- Diag(exp(g_t)) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = scale S^T q_t
 
-    (Kimi Linear, arXiv 2510.26692, section 3.) Reverse-mode differentiable in every array argument, including the
-    cotangent of the final state. Value head h reads query/key head h // (HV // H).
+    (Kimi Linear, arXiv 2510.26692, section 3.) Reverse-mode differentiable in every array argument,
+    including the cotangent of the final state. Value head h reads query/key head h // (HV // H).
 
     **Arguments**
 
     - `q`, `k`: [B, T, H, K]; bfloat16, float16, float32 or (on XLA) float64, one dtype with `v`.
     - `v`: [B, T, HV, V], HV a multiple of H.
-    - `g`: [B, T, HV, K], any float dtype. The natural-log decay (<= 0), or the raw gate; see `gate`.
+    - `g`: [B, T, HV, K], any float dtype. The natural-log decay (<= 0), or the raw gate; see
+      `gate`.
     - `beta`: [B, T, HV], any float dtype. Write strength in [0, 1] (up to 2), or its logits.
     - `gate`: what `g` is. "log_decay": used as it is. "softplus" (Kimi-Linear-48B):
       g <- -exp(A_log) softplus(g + dt_bias). "bounded" (Kimi-K3, GLM-5.3-Flash):
       g <- gate_lower_bound sigmoid(exp(A_log) (g + dt_bias)).
-    - `A_log`: [HV] float32; required by "softplus", optional for "bounded" (absent: unit amplitude).
+    - `A_log`: [HV] float32; required by "softplus", optional for "bounded" (absent: unit
+      amplitude).
     - `dt_bias`: [HV, K] float32; optional for the raw gates (absent: zero).
     - `gate_lower_bound`: nats per token, in [-5, 0); read by "bounded" alone.
     - `beta_is_logits`: beta <- sigmoid(beta), or 2 sigmoid(beta) with `allow_neg_eigval`.
     - `qk_l2norm`: q, k <- x / sqrt(sum x^2 + 1e-6).
     - `scale`: a static number; K**-0.5 by default.
-    - `initial_state`: [B, HV, K, V], or [B, N, HV, K, V] with `segment_ids`; float32 (float64 with float64). Zero by
-      default.
-    - `segment_ids`: [B, T] int32 for packed rows. A segment is a maximal run of equal ids; states and gradients never
-      cross its borders. Tokens with a negative id or `padding_segment_id` are padding: zero output, no gradient.
+    - `initial_state`: [B, HV, K, V], or [B, N, HV, K, V] with `segment_ids`; float32 (float64 with
+      float64). Zero by default.
+    - `segment_ids`: [B, T] int32 for packed rows. A segment is a maximal run of equal ids; states
+      and gradients never cross its borders. Tokens with a negative id or `padding_segment_id` are
+      padding: zero output, no gradient.
     - `padding_segment_id`: the id that marks padding; None makes 0 an ordinary id.
-    - `max_segments`: N, how many segment states a row carries (default: that of `initial_state`). The n-th segment of a
-      row has slot n; segments beyond N start from zero and their states are dropped.
+    - `max_segments`: N, how many segment states a row carries (default: that of `initial_state`).
+      The n-th segment of a row has slot n; segments beyond N start from zero and their states are
+      dropped.
     - `return_final_state`: also return the state after the last token of each segment.
     - `residual_name`: names what the backward needs, and the output, for `jax.checkpoint` policies:
       `save_only_these_names(residual_name)` then recomputes nothing of the op.
-    - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the kernels on an NVIDIA GPU
-      that they support, XLA elsewhere. Chosen when the program is lowered for a platform.
+    - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the
+      kernels on an NVIDIA GPU that they support, XLA elsewhere. Chosen when the program is lowered
+      for a platform.
 
-    **Returns** o [B, T, HV, V] in v's dtype, or (o, final_state), final_state shaped like `initial_state`. Slots past a
-    row's last segment return their initial state (or zero).
+    **Returns** o [B, T, HV, V] in v's dtype, or (o, final_state), final_state shaped like
+    `initial_state`. Slots past a row's last segment return their initial state (or zero).
 
-    **Raises** ValueError or TypeError while tracing, listing every mismatch of the call. NotImplementedError where
-    `implementation="cuda"` cannot run the call. Forward mode and second derivatives raise.
+    **Raises** ValueError or TypeError while tracing, listing every mismatch of the call.
+    NotImplementedError where `implementation="cuda"` cannot run the call. Forward mode and second
+    derivatives raise.
 
-    **Numerics** State and accumulation are fp32; (I + A_kk)^-1 is exact substitution, so repeated and correlated keys
-    are safe, as is a gate of -inf (a reset). Log decays below -110 count as -110, which is 0 in fp32, and get no
-    gradient. A positive log decay is not refused; its accuracy is not promised.
+    **Numerics** State and accumulation are fp32; (I + A_kk)^-1 is exact substitution, so repeated
+    and correlated keys are safe, as is a gate of -inf (a reset). Log decays below -110 count as
+    -110, which is 0 in fp32, and get no gradient. A positive log decay is not refused; its accuracy
+    is not promised.
 
-    **Determinism** Bitwise, forward and backward. A segment's results are bitwise those it has alone.
+    **Determinism** Bitwise, forward and backward. A segment's results are bitwise those it has
+    alone.
     """
     problem, operands = _resolve(
         q,
@@ -110,8 +118,8 @@ def kimi_delta_attention(
         implementation=implementation,
     )
     named = {name: _strong(x) for name, x in operands.items()}
-    # One row of gate parameters per batch row: their gradients then leave the op unsummed, and the sum over rows, with
-    # whatever collective it takes, is the transpose of this broadcast.
+    # One row of gate parameters per batch row: their gradients then leave the op unsummed, and the
+    # sum over rows, with whatever collective it takes, is the transpose of this broadcast.
     for name in ("A_log", "dt_bias"):
         if name in named:
             named[name] = _primitives.over_rows(named[name], named["q"])
@@ -127,8 +135,9 @@ def kimi_delta_attention(
 def supported(q, k, v, g, beta, *, compute_capability: str | None = None, **options) -> str | None:
     """None if `implementation="cuda"` can run this call, or the reasons why it cannot.
 
-    **Arguments**: those of `kimi_delta_attention` (arrays or `jax.ShapeDtypeStruct`), and `compute_capability`, such as
-    "9.0"; by default that of all local CUDA devices, or with none the architectures the kernels were built for.
+    **Arguments**: those of `kimi_delta_attention` (arrays or `jax.ShapeDtypeStruct`), and
+    `compute_capability`, such as "9.0"; by default that of all local CUDA devices, or with none the
+    architectures the kernels were built for.
 
     **Raises** ValueError or TypeError for a call that no implementation accepts.
     """
@@ -189,8 +198,8 @@ def _resolve(
         )
     errors.check(
         beta_is_logits or not allow_neg_eigval,
-        "allow_neg_eigval: got True with beta_is_logits=False; it doubles the sigmoid of beta logits, so pass "
-        "beta_is_logits=True, or a beta in [0, 2] without it",
+        "allow_neg_eigval: got True with beta_is_logits=False; it doubles the sigmoid of beta "
+        "logits, so pass beta_is_logits=True, or a beta in [0, 2] without it",
     )
     errors.check_type(
         residual_name is None or isinstance(residual_name, str),
@@ -202,7 +211,7 @@ def _resolve(
     ):
         errors.check(
             padding_segment_id is None or -(2**31) <= padding_segment_id < 2**31,
-            f"padding_segment_id: got {padding_segment_id}; segment_ids are int32, so an int32 value is accepted",
+            f"padding_segment_id: got {padding_segment_id}; an int32 value is accepted",
         )
     scale = _check_scale(errors, scale, k)
     if gate == "bounded":
@@ -296,8 +305,8 @@ def _check_gate_parameters(errors, gate, A_log, dt_bias):
         for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
             errors.check(
                 x is None,
-                f"{name}: got an array with gate='log_decay', which uses g as it is; leave it out, or pass the raw gate "
-                "with gate='softplus' or 'bounded'",
+                f"{name}: got an array with gate='log_decay', which uses g as it is; leave it out, "
+                "or pass the raw gate with gate='softplus' or 'bounded'",
             )
 
 
@@ -310,7 +319,7 @@ def _check_dtypes(errors, arrays):
         )
     errors.check_type(
         names["q"] == names["k"] == names["v"],
-        f"q, k, v: got dtypes {names['q']}, {names['k']}, {names['v']}; one dtype for all three is accepted",
+        f"q, k, v: got dtypes {names['q']}, {names['k']}, {names['v']}; one for all is accepted",
     )
     state = "float64" if names["v"] == "float64" else "float32"
     accepted = dict(A_log="float32", dt_bias="float32", initial_state=state, segment_ids="int32")
@@ -332,12 +341,12 @@ def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
         errors.check(max_segments >= 1, f"max_segments: got {max_segments}; at least 1 is accepted")
         errors.check(
             packed,
-            "max_segments: got a value without segment_ids, where each row is one segment; leave it out",
+            "max_segments: got a value without segment_ids; leave it out, a row is one segment",
         )
     errors.check(
         given or not (packed and return_final_state) or "initial_state" in arrays,
-        "return_final_state: got True with segment_ids, but neither max_segments nor initial_state says how many segment "
-        "states a row carries; pass max_segments",
+        "return_final_state: got True with segment_ids, but neither max_segments nor initial_state "
+        "says how many segment states a row carries; pass max_segments",
     )
     known = all(
         errors.check(
@@ -363,7 +372,8 @@ def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
     if packed and state is not None and state.ndim == 5:
         errors.check(
             not given or state.shape[1] == max_segments,
-            f"max_segments: got {max_segments}, but initial_state has {state.shape[1]} slots a row; leave it out or agree",
+            f"max_segments: got {max_segments}, but initial_state has {state.shape[1]} slots a "
+            "row; leave it out or agree",
         )
         errors.check(
             state.shape[1] >= 1, "initial_state: got no slots, N = 0; N at least 1 is accepted"

@@ -164,7 +164,7 @@ class KimiDeltaAttention(nnx.Module):
         self.f_a_proj = projection(hidden, rank, (embed, None))
         self.f_b_proj = projection(rank, gate_channels, (None, heads, None))
         self.b_proj = projection(hidden, (num_value_heads,), (embed, heads))
-        # The bounded gate starts at unit amplitude, as in GLM-5.3-Flash: 16 would pin its sigmoid to 0.
+        # The bounded gate starts at unit amplitude, as in GLM-5.3-Flash: 16 would pin it to 0.
         initial_value = _log_uniform if gate == "softplus" else nnx.initializers.zeros
         self.A_log = nnx.Param(
             initial_value(rngs.params(), (num_value_heads,), jnp.float32), **metadata(heads)

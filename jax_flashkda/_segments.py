@@ -1,8 +1,9 @@
 """Which tokens form a chunk: the schedule that forward and backward of the XLA path walk.
 
-A segment is a maximal run of equal ids; ids are compared and never used as an index, so every int32 array is valid.
-Chunks of 64 tokens are counted from each segment's start, so that a segment is computed the same way wherever it is
-packed. All of it is device code: nothing is read back to the host, and shapes follow from [B, T] alone.
+A segment is a maximal run of equal ids; ids are compared and never used as an index, so every int32
+array is valid. Chunks of 64 tokens are counted from each segment's start, so that a segment is
+computed the same way wherever it is packed. All of it is device code: nothing is read back to the
+host, and shapes follow from [B, T] alone.
 """
 
 from typing import NamedTuple
@@ -62,7 +63,8 @@ def schedule(T: int, segment_ids=None, padding_segment_id: int | None = 0) -> Sc
     offset = token - jax.lax.cummax(jnp.where(begins, token, 0), axis=1)  # within the segment
     starts_chunk = valid & (offset % CHUNK == 0)
     ends_chunk = valid & (ends | (offset % CHUNK == CHUNK - 1))
-    # The n-th start and the n-th end belong together; T fills the rest, so that lengths there are min(1, 0) = 0.
+    # The n-th start and the n-th end belong together; T fills the rest, so that lengths there are
+    # min(1, 0) = 0.
     start = jnp.sort(jnp.where(starts_chunk, token, T), axis=1)
     end = jnp.sort(jnp.where(ends_chunk, token, T), axis=1)
     at = lambda x, t: jnp.take_along_axis(x, jnp.minimum(t, T - 1), axis=1)

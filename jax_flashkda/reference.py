@@ -1,10 +1,13 @@
-"""Kimi Delta Attention in plain JAX, to read beside the paper (Kimi Linear, arXiv 2510.26692) and to measure against.
+"""Kimi Delta Attention in plain JAX, to read beside the paper (Kimi Linear, arXiv 2510.26692) and
+to measure against.
 
-`recurrent` is the definition: one token at a time, in any float dtype up to float64. `chunked` is the chunk-parallel form
-with the rounding a kernel on 16-bit matrix units cannot avoid: every operand of a product rounded to `operand_dtype`,
-everything else fp32. Its error against the recurrence is the unit in which this library promises accuracy.
+`recurrent` is the definition: one token at a time, in any float dtype up to float64. `chunked` is
+the chunk-parallel form with the rounding a kernel on 16-bit matrix units cannot avoid: every
+operand of a product rounded to `operand_dtype`, everything else fp32. Its error against the
+recurrence is the unit in which this library promises accuracy.
 
-Both take whole sequences; packed rows are a matter of calling them once per segment. Nothing here imports the package.
+Both take whole sequences; packed rows are a matter of calling them once per segment. Nothing here
+imports the package.
 """
 
 import functools
@@ -22,7 +25,8 @@ SUB_BLOCK = 16
 def log_decay(g, *, gate="log_decay", A_log=None, dt_bias=None, gate_lower_bound=-5.0):
     """Natural log of the per-channel decay, [B, T, HV, K], clamped to at least `MIN_LOG_DECAY`.
 
-    `gate` names what `g` is: the log decay itself, or the raw gate of Kimi-Linear-48B (softplus) or of Kimi-K3 (bounded).
+    `gate` names what `g` is: the log decay itself, or the raw gate of Kimi-Linear-48B (softplus) or
+    of Kimi-K3 (bounded).
     """
     if gate != "log_decay":
         amplitude = 1.0 if A_log is None else jnp.exp(A_log.astype(g.dtype))[..., :, None]
@@ -47,8 +51,9 @@ def prepare(
 ):  # fmt: skip
     """Applies the optional input transforms and repeats q and k for grouped value heads.
 
-    Returns scaled q and k [B, HV, T, K], v [B, HV, T, V], log decay [B, HV, T, K] and beta [B, HV, T], all of `dtype`.
-    A token with `valid` [B, T] False is inert: it decays nothing and writes nothing.
+    Returns scaled q and k [B, HV, T, K], v [B, HV, T, V], log decay [B, HV, T, K] and beta [B, HV,
+    T], all of `dtype`. A token with `valid` [B, T] False is inert: it decays nothing and writes
+    nothing.
     """
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     q, k, v, g, beta = (x.astype(dtype) for x in (q, k, v, g, beta))
@@ -69,8 +74,8 @@ def recurrent(q, k, v, g, beta, *, initial_state=None, dtype=jnp.float32, **opti
 
             S <- Diag(exp(g_t)) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = scale S^T q_t
 
-    **Arguments**: q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV, K]; beta [B, T, HV]; initial_state [B, HV, K, V] or
-    None (zero); dtype of all arithmetic; options of `prepare`.
+    **Arguments**: q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV, K]; beta [B, T, HV];
+    initial_state [B, HV, K, V] or None (zero); dtype of all arithmetic; options of `prepare`.
 
     **Returns** o [B, T, HV, V] and the final state [B, HV, K, V], both of `dtype`.
     """
@@ -90,11 +95,12 @@ def recurrent(q, k, v, g, beta, *, initial_state=None, dtype=jnp.float32, **opti
 
 
 def chunked(q, k, v, g, beta, *, initial_state=None, operand_dtype=jnp.float32, **options):
-    """The chunk-parallel form of op.md section 1, 64 tokens a chunk: the *peer* of this library's accuracy promise.
+    """The chunk-parallel form of op.md section 1, 64 tokens a chunk: the *peer* of this library's
+    accuracy promise.
 
-    Same arguments and results as `recurrent`, computed in fp32 with the operands of every product rounded to
-    `operand_dtype` (bfloat16 for 16-bit inputs, float32 for none). Gradients (through autodiff) see the same rounded
-    operands; cotangents stay fp32.
+    Same arguments and results as `recurrent`, computed in fp32 with the operands of every product
+    rounded to `operand_dtype` (bfloat16 for 16-bit inputs, float32 for none). Gradients (through
+    autodiff) see the same rounded operands; cotangents stay fp32.
     """
     q, k, v, g, beta = prepare(q, k, v, g, beta, dtype=jnp.float32, **options)
     state = _initial(initial_state, k, v, jnp.float32)
@@ -136,16 +142,19 @@ def _initial(initial_state, k, v, dtype):
 
 
 def _sum_after(g):
-    """Sum of g over the later rows of its block, G_C - G, summed from its near end: a difference would lose digits."""
+    """Sum of g over the later rows of its block, G_C - G, summed from its near end: a difference
+    would lose digits.
+    """
     later = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], axis=-2)
     return jnp.flip(jnp.cumsum(jnp.flip(later, -2), axis=-2), -2)
 
 
 def _scores(q, k, g, decayed):
-    """A_qk (i >= j, q already scaled) and A_kk (i > j, without beta), [B, HV, C, C], in sub-blocks of 16 rows.
+    """A_qk (i >= j, q already scaled) and A_kk (i > j, without beta), [B, HV, C, C], in sub-blocks
+    of 16 rows.
 
-    Blocks below the diagonal meet at the row block's start, so that every exponent is <= 0; the diagonal blocks take the
-    exponent of each pair, which is right for any gate.
+    Blocks below the diagonal meet at the row block's start, so that every exponent is <= 0; the
+    diagonal blocks take the exponent of each pair, which is right for any gate.
     """
     einsum = functools.partial(jnp.einsum, precision="highest")
     M = CHUNK // SUB_BLOCK
@@ -201,8 +210,9 @@ _rounded.defvjp(lambda dtype, x: (_rounded(dtype, x), None), lambda dtype, _, ct
 def _decayed(dtype, x, exponent):
     """x exp(exponent), rounded to `dtype`.
 
-    Its gradient with respect to the exponent uses the rounded product. The gate gradient is the difference of such terms
-    over rows and over columns; were they rounded differently, the remainder would leak into all earlier tokens.
+    Its gradient with respect to the exponent uses the rounded product. The gate gradient is the
+    difference of such terms over rows and over columns; were they rounded differently, the
+    remainder would leak into all earlier tokens.
     """
     return _rounded(dtype, x * jnp.exp(exponent))
 

@@ -10,14 +10,14 @@ from jax_flashkda import kimi_delta_attention
 
 
 def for_implementation(case, implementation):
-    """The case as `implementation` can run it: the kernels take head dims of 128 and 16-bit inputs."""
+    """The case as `implementation` can run it: the kernels take head dim 128 and 16-bit inputs."""
     if implementation == "cuda":
         dtype = "bfloat16" if case.dtype == "float32" else case.dtype
         return cases.dataclasses.replace(case, K=128, V=128, dtype=dtype)
     return case
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _program(static, gradients, options, implementation, quickly):
     """One compiled program per set of static arguments; shapes are jit's business."""
     jit = functools.partial(jax.jit, compiler_options=COMPILE_QUICKLY if quickly else None)

@@ -1,4 +1,6 @@
-"""Every input the tests feed the op: shapes, segment layouts, gate and key regimes, and how to draw them."""
+"""Every input the tests feed the op: shapes, segment layouts, gate and key regimes, and how to draw
+them.
+"""
 
 import dataclasses
 
@@ -12,7 +14,7 @@ BETAS = ("random", "one", "near_one", "two", "zero")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: sizes, regimes of the inputs, options of the op, and the segment ids of each row."""
+    """One call: sizes, regimes of the inputs, options of the op, segment ids of each row."""
 
     T: int = 65
     B: int = 2
@@ -70,7 +72,9 @@ class Case:
         return np.array(self.segment_ids, np.int32).reshape(self.B, self.T)
 
     def arrays(self):
-        """The array arguments of the op by name; the well-conditioned ones are what a layer would feed."""
+        """The array arguments of the op by name; the well-conditioned ones are what a layer would
+        feed.
+        """
         rng = np.random.default_rng(self.seed)
         B, T, H, HV, K, V = self.B, self.T, self.H, self.HV, self.K, self.V
         dtype, g_dtype = jnp.dtype(self.dtype), jnp.dtype(self.g_dtype or self.dtype)
@@ -159,7 +163,9 @@ def _betas(regime, rng, shape):
 
 
 def runs(ids, padding_segment_id=0):
-    """The segments of one row of ids, by definition: [(start, length)] of its maximal runs that are not padding."""
+    """The segments of one row of ids, by definition: [(start, length)] of its maximal runs that are
+    not padding.
+    """
     found, start = [], 0
     for t in range(1, len(ids) + 1):
         if t == len(ids) or ids[t] != ids[start]:
@@ -170,7 +176,9 @@ def runs(ids, padding_segment_id=0):
 
 
 def layout(rng, T):
-    """A random row of ids: runs of many lengths, padding of both kinds anywhere, ids re-used and out of order."""
+    """A random row of ids: runs of many lengths, padding of both kinds anywhere, ids re-used and
+    out of order.
+    """
     ids = []
     while len(ids) < T:
         length = int(rng.choice([1, 1, 2, 3, 15, 16, 17, 63, 64, 65, 130]))

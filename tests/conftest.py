@@ -1,4 +1,6 @@
-"""Eight simulated CPU devices for the sharding tests, and which implementations this machine can run."""
+"""Eight simulated CPU devices for the sharding tests, and which implementations this machine can
+run.
+"""
 
 import os
 

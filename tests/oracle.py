@@ -1,8 +1,8 @@
 """Truth, peer, and the measure of error: the only home of tolerances.
 
-Truth is the token recurrence in float64, the peer the chunked form with its 16-bit rounding points (`reference.py`).
-Both see one segment at a time, cut out of the packed rows with indices computed here by definition. Nothing in this
-file imports the op.
+Truth is the token recurrence in float64, the peer the chunked form with its 16-bit rounding points
+(`reference.py`). Both see one segment at a time, cut out of the packed rows with indices computed
+here by definition. Nothing in this file imports the op.
 """
 
 import functools
@@ -14,12 +14,14 @@ from cases import runs
 
 from jax_flashkda import reference
 
-# Section 4 of the contract: error <= PEER_FACTOR x the peer's, with a floor of two roundings of the output.
+# Section 4 of the contract: error <= PEER_FACTOR x the peer's, with a floor of two roundings of the
+# output.
 PEER_FACTOR = 2
 BLOCK = 64
 # For random keys and beta <= 1 also, relative RMS over the whole tensor.
 CAPS_16_BIT = dict(
-    o=0.007, final_state=0.007, dq=0.008, dk=0.008, dv=0.008, d_initial_state=0.008, dg=0.015, d_beta=0.015
+    o=0.007, final_state=0.007,
+    dq=0.008, dk=0.008, dv=0.008, d_initial_state=0.008, dg=0.015, d_beta=0.015,
 )  # fmt: skip
 CAP_FP32 = 1e-5
 
@@ -36,7 +38,9 @@ GRADIENTS = dict(
 
 
 def check(case, got):
-    """Asserts that `got` (o, final_state and gradients by name) is as accurate as promised for `case`."""
+    """Asserts that `got` (o, final_state and gradients by name) is as accurate as promised for
+    `case`.
+    """
     gradients = any(name in got for name in GRADIENTS.values())
     truth, peer = evaluate(case, "truth", gradients), evaluate(case, "peer", gradients)
     failures = []
@@ -53,9 +57,8 @@ def compare(case, name, value, truth, peer):
     if value.shape != true.shape:
         return [f"{name}: shape {value.shape}, truth has {true.shape}"]
     if not np.isfinite(value).all():
-        return [
-            f"{name}: {np.sum(~np.isfinite(value))} values are not finite, first at {_first(~np.isfinite(value))}"
-        ]
+        bad = ~np.isfinite(value)
+        return [f"{name}: {np.sum(bad)} values are not finite, first at {_first(bad)}"]
     if not value.size:
         return []
     if not true.any():
@@ -74,8 +77,9 @@ def compare(case, name, value, truth, peer):
     if np.max(over) > 1:
         where = _first(over == np.max(over))
         failures.append(
-            f"{name}: {np.sum(over > 1)} of {over.size} blocks over the limit, worst {where} (batch, head, block): "
-            f"rms error {rms(error)[where]:.2e}, limit {limit[where]:.2e}, peer {rms(allowed)[where]:.2e}"
+            f"{name}: {np.sum(over > 1)} of {over.size} blocks over the limit, worst {where} "
+            f"(batch, head, block): rms error {rms(error)[where]:.2e}, limit {limit[where]:.2e}, "
+            f"peer {rms(allowed)[where]:.2e}"
         )
     relative = np.sqrt(np.mean((value - true) ** 2) / np.mean(true**2))
     cap = _cap(case, name)
@@ -94,7 +98,9 @@ def _cap(case, name):
 
 
 def _blocks(name, x):
-    """x as [.., values], one row per (batch, head, 64 tokens), per (batch, .., head) of a state, or whole."""
+    """x as [.., values], one row per (batch, head, 64 tokens), per (batch, .., head) of a state, or
+    whole.
+    """
     if name in ("dA_log", "d_dt_bias"):
         return x.reshape(1, -1)
     if name in ("final_state", "d_initial_state"):
@@ -116,7 +122,9 @@ def _first(mask):
 
 
 def evaluate(case, kind, gradients=True):
-    """o, final_state and all gradients of a case by name in float64, from the recurrence ("truth") or the "peer"."""
+    """o, final_state and all gradients of a case by name in float64, from the recurrence ("truth")
+    or the "peer".
+    """
     return _evaluate(case, kind, gradients)
 
 
@@ -158,10 +166,11 @@ def _evaluate_arrays(case, arrays, kind, gradients):
         for n, (t, length) in enumerate(runs(ids[b], case.padding_segment_id))
     ]
     if segments:
-        # All segments side by side, each padded to one length with inert tokens, in a few sizes: a few compilations.
+        # All segments side by side, each padded to one length with inert tokens, in a few sizes: a
+        # few compilations.
         S, length = _bucket(len(segments)), _bucket(max(s[3] for s in segments), least=BLOCK)
         row, slot, start, lengths = (
-            np.array(x + (0,) * (S - len(segments))) for x in zip(*segments)
+            np.array(x + (0,) * (S - len(segments))) for x in zip(*segments, strict=True)
         )
         index = (row[:, None], np.minimum(start[:, None] + np.arange(length), case.T - 1))
         valid = np.arange(length) < lengths[:, None]
@@ -212,7 +221,7 @@ def _bucket(n, least=1):
 
 @functools.cache
 def _program(kind, dtype, gradients, options):
-    """The compiled reference of one kind: results and gradients by name, for segments side by side."""
+    """The compiled reference of one kind: results by name, for segments side by side."""
     options = dict(options)
     if kind == "truth":
         work_dtype, reference_fn = (

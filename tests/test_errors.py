@@ -13,7 +13,9 @@ B, T, H, HV, K, V, N = 2, 65, 2, 4, 32, 16, 3
 
 
 def arguments(**changes):
-    """A valid call with segments, both gate parameters and states, changed by keyword; None leaves an argument out."""
+    """A valid call with segments, both gate parameters and states, changed by keyword; None leaves
+    an argument out.
+    """
     f = lambda *shape: jnp.zeros(shape, jnp.float32)
     call = dict(
         q=f(B, T, H, K),

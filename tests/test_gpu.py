@@ -1,4 +1,4 @@
-"""The kernels on the GPU: the benchmark's shapes, every transform, command buffers, repeatability."""
+"""The kernels on the GPU: benchmark shapes, every transform, command buffers, repeatability."""
 
 import dataclasses
 import functools
@@ -139,7 +139,8 @@ def test_vmap_of_grad():
     mapped = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, *[None] * 7)))(qs, *arguments[1:])
     for i in range(2):
         alone = np.asarray(jax.jit(jax.grad(loss))(qs[i], *arguments[1:]), np.float32)
-        # The backward is XLA's, which picks its matrix products by batch size: a bf16 digit may turn.
+        # The backward is XLA's, which picks its matrix products by batch size: a bf16 digit may
+        # turn.
         np.testing.assert_allclose(np.asarray(mapped[i], np.float32), alone, rtol=2**-6, atol=1e-6)
 
 
@@ -187,7 +188,7 @@ def test_another_device_first():
 
 
 def test_command_buffer(tmp_path):
-    """Captured, by the profile's word; replayed with other data and other segments; the same bits."""
+    """Captured, by the profile's word; replayed with other data and segments; the same bits."""
     ids = ((1,) * 60 + (2,) * 140, (3,) * 200)
     case = dataclasses.replace(SMALL, segment_ids=ids, max_segments=3)
     arrays = case.arrays()

@@ -1,4 +1,6 @@
-"""The op against the float64 recurrence: outputs, states and every gradient, as accurate as section 4 promises."""
+"""The op against the float64 recurrence: outputs, states and every gradient, as accurate as section
+4 promises.
+"""
 
 import itertools
 
@@ -159,7 +161,9 @@ def test_x64_mode_changes_nothing(implementation):
 
 
 def test_doubling_is_exact(implementation):
-    """The op is linear in v and the state, and the gradients in the cotangents; powers of two are exact."""
+    """The op is linear in v and the state, and the gradients in the cotangents; powers of two are
+    exact.
+    """
     case = for_implementation(Case(T=130, **SOFTPLUS, **STATES), implementation)
     arrays = case.arrays()
     once = run(case, implementation)

@@ -1,4 +1,6 @@
-"""The references agree with each other, with the paper's equations written out, and with finite differences."""
+"""The references agree with each other, with the paper's equations written out, and with finite
+differences.
+"""
 
 import functools
 
@@ -22,7 +24,7 @@ def _chunked(inputs, rest, **static):
 
 
 def test_recurrence_is_the_papers():
-    """Equation by equation in numpy, with asymmetric sizes, so that a transposed state cannot pass."""
+    """Equation by equation in numpy, in asymmetric sizes: a transposed state cannot pass."""
     case = Case(T=9, B=1, H=1, HV=2, K=5, V=3, initial_state=True)
     (q, k, v, g, beta), rest = arguments(case)
     with jax.enable_x64(True):
@@ -51,7 +53,7 @@ def test_chunked_equals_recurrent(gate):
 
 
 def test_chunked_gradients_equal_recurrent():
-    """The rounding points have gradient rules of their own: with none to round, they must not show."""
+    """The rounding points have gradient rules of their own: without rounding they must not show."""
     case = Case(T=70, B=1, H=1, HV=2, K=8, V=4, initial_state=True)
     inputs, rest = arguments(case)
 
@@ -87,7 +89,9 @@ def test_gradients_equal_finite_differences():
 
 
 def test_rounding_points_round():
-    """The peer must be as inexact as 16-bit operands are, or it would promise what no kernel can keep."""
+    """The peer must be as inexact as 16-bit operands are, or it would promise what no kernel can
+    keep.
+    """
     case = Case(T=130, dtype="bfloat16")
     inputs, _ = arguments(case)
     exact, _ = _chunked(inputs, {})
@@ -97,7 +101,9 @@ def test_rounding_points_round():
 
 
 def test_identical_keys_have_a_closed_form():
-    """beta = 1, no decay, unit keys all alike: each token replaces what the state holds for that key."""
+    """beta = 1, no decay, unit keys all alike: each token replaces what the state holds for that
+    key.
+    """
     T, K, V = 100, 4, 3
     rng = np.random.default_rng(0)
     k = np.zeros((1, T, 1, K), np.float32)

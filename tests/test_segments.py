@@ -1,6 +1,7 @@
-"""Packed rows: the semantics of segment ids, isolation between neighbours, and packed equals alone."""
+"""Packed rows: semantics of segment ids, isolation between neighbours, packed equals alone."""
 
 import dataclasses
+import functools
 
 import hypothesis
 import jax
@@ -98,7 +99,9 @@ ISOLATED = [3] * 20 + [4] * 70 + [0] * 7 + [5] * 65 + [3] * 38
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("victim", range(len(runs(ISOLATED))))
 def test_isolation(victim, poison, implementation):
-    """What stands in one segment, or in padding, changes no bit of the others: outputs, gradients, states."""
+    """What stands in one segment, or in padding, changes no bit of the others: outputs, gradients,
+    states.
+    """
     case = packed([ISOLATED], max_segments=4, **GATED, **STATES)
     case = for_implementation(case, implementation)
     arrays = case.arrays()
@@ -133,7 +136,9 @@ def test_isolation(victim, poison, implementation):
 
 
 def test_padding_is_inert(implementation):
-    """NaN in padding enters nothing: not even the gate parameters' gradients, which sum over all segments."""
+    """NaN in padding enters nothing: not even the gate parameters' gradients, which sum over all
+    segments.
+    """
     case = packed([ISOLATED], max_segments=4, **GATED, **STATES)
     case = for_implementation(case, implementation)
     arrays = case.arrays()
@@ -164,7 +169,7 @@ def test_packed_equals_alone(dtype, implementation):
     for n, (start, length) in enumerate(runs(ISOLATED)):
         ids = tuple(1 if t < length else 0 for t in range(T))
         alone_case = dataclasses.replace(case, segment_ids=(ids,), max_segments=1)
-        shift = lambda x: jnp.roll(x, -start, axis=1)
+        shift = functools.partial(jnp.roll, shift=-start, axis=1)
         alone = arrays | {name: shift(arrays[name]) for name in ("q", "k", "v", "g", "beta")}
         alone |= dict(
             initial_state=arrays["initial_state"][:, n : n + 1],
@@ -201,7 +206,9 @@ def test_packed_equals_unpacked(implementation):
 
 
 def test_segments_without_a_slot(implementation):
-    """Segments beyond max_segments start from zero; their outputs and gradients are exact, their states dropped."""
+    """Segments beyond max_segments start from zero; their outputs and gradients are exact, their
+    states dropped.
+    """
     rows = [list(np.repeat(np.arange(1, 11), 20)), LAYOUTS["on chunk edges"]]
     case = for_implementation(packed(rows, max_segments=2, **GATED, **STATES), implementation)
     check(case, run(case, implementation, gradients=implementation == "xla", quickly=True))

@@ -84,7 +84,9 @@ CUDA_FLOORS = {"core": 0, "problem": 1, "chunk": 2, "sm90": 3, "dispatch": 4, "f
 
 
 def test_cuda_includes_go_down():
-    """Headers are included by their path below cuda/; XLA and nanobind stay above the dispatch layer."""
+    """Headers are included by their path below cuda/; XLA and nanobind stay above the dispatch
+    layer.
+    """
     files = [p for p in (ROOT / "cuda").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cc")]
     assert files
     for path in files:

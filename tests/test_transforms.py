@@ -67,9 +67,10 @@ def single(implementation):
 def assert_same(got, wanted):
     """Equal up to the rounding of sums that are taken in another order."""
     got, wanted = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted)
+    # With 16-bit inputs on a GPU the XLA backward has tf32 products, which depend on the batch.
+    eps = 2.0**-7 if any(y.dtype == jnp.bfloat16 for _, y in wanted) else 2e-5
     for (path, x), (_, y) in zip(got, wanted, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype, path
-        eps = 2.0**-7 if y.dtype == jnp.bfloat16 else 2e-5
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.isfinite(x).all(), path
         if y.size:

@@ -3,6 +3,7 @@ run.
 """
 
 import os
+import pathlib
 
 # Before JAX starts: it reads the flag once.
 os.environ["XLA_FLAGS"] = (
@@ -11,6 +12,16 @@ os.environ["XLA_FLAGS"] = (
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# XLA maps every program that it compiles for the CPU into memory, JAX keeps the programs, and Linux
+# grants a process 65,530 maps: past them the compiler crashes. The whole suite needs more.
+MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 30_000
+
+
+def pytest_runtest_teardown():
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):

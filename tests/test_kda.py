@@ -189,7 +189,11 @@ def test_causality(implementation):
 
 
 def test_split_with_carried_state(implementation):
-    """Two calls with the state handed over equal one call."""
+    """Two calls with the state handed over equal one call.
+
+    Bitwise in the kernels; for XLA these are programs of different sizes, which it may round in
+    different ways: they agree to the last bits.
+    """
     case = for_implementation(Case(T=192, **SOFTPLUS, final_state=True), implementation)
     arrays = case.arrays()
     whole = run(case, implementation, gradients=False)
@@ -202,9 +206,13 @@ def test_split_with_carried_state(implementation):
         gradients=False,
         arrays=part(slice(64, None)) | dict(initial_state=first["final_state"]),
     )
-    np.testing.assert_array_equal(whole["o"][:, :64], first["o"])
-    np.testing.assert_array_equal(whole["o"][:, 64:], second["o"])
-    np.testing.assert_array_equal(whole["final_state"], second["final_state"])
+    for expected, got in [
+        (whole["o"][:, :64], first["o"]),
+        (whole["o"][:, 64:], second["o"]),
+        (whole["final_state"], second["final_state"]),
+    ]:
+        tolerance = 0 if implementation == "cuda" else 1e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
 
 
 def test_repeats_bitwise(implementation):

@@ -71,7 +71,7 @@ def _benchmark_arrays(B, T, H, regime):
     ]
     if regime == "fast":  # FlashKDA's: the state is forgotten within 16 tokens
         A_log, dt_bias = uniform
-    else:  # the layer's initialisation: mean log decay -0.1
+    else:  # the layer's initialisation: mean log decay -0.02
         dt = jnp.exp(jnp.log(1e-3) + uniform[1] * jnp.log(100.0))
         A_log, dt_bias, g = jnp.zeros(H), dt + jnp.log(-jnp.expm1(-dt)), (0.3 * g).astype(g.dtype)
     return dict(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias)

@@ -13,6 +13,8 @@ from cases import Case, layout, runs
 from hypothesis import strategies as st
 from oracle import check
 
+from jax_flashkda import _segments
+
 GATED = dict(gate="softplus", A_log=True, dt_bias=True, beta_is_logits=True, qk_l2norm=True)
 STATES = dict(initial_state=True, final_state=True)
 T = 200
@@ -50,6 +52,45 @@ def test_padding_id_none_makes_zero_ordinary(implementation):
         packed(rows, max_segments=4, padding_segment_id=None, **STATES), implementation
     )
     check(case, run(case, implementation, gradients=implementation == "xla", quickly=True))
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1, 2, 2**31 - 1]), runs_of=st.booleans()
+)
+def test_schedule_is_the_definition(seed, spread, runs_of):
+    """The table of chunks, built on the device, against the runs of ids, found one by one."""
+    rng = np.random.default_rng(seed)
+    if runs_of:
+        rows = np.array([layout(rng, T), layout(rng, T)], np.int64).astype(np.int32)
+    else:
+        rows = rng.integers(-spread - 1, spread, size=(2, T), endpoint=True).astype(np.int32)
+    count, table = _schedule(jnp.asarray(rows))
+    found = [
+        [tuple(int(x[i, b]) for x in table) for i in range(count) if table.length[i, b]]
+        for b in range(2)
+    ]
+    for row, chunks in zip(rows, found, strict=True):
+        assert chunks == [
+            (start + i, min(64, length - i), n, i == 0, i + 64 >= length)
+            for n, (start, length) in enumerate(runs(row))
+            for i in range(0, length, 64)
+        ]
+    assert count == max(map(len, found))
+
+
+@functools.cache
+def _compiled_schedule():
+    def count_and_table(ids):
+        schedule = _segments.schedule(T, ids)
+        return schedule.count, schedule.table
+
+    return jax.jit(count_and_table)
+
+
+def _schedule(ids):
+    count, table = _compiled_schedule()(ids)
+    return int(count), jax.tree.map(np.asarray, table)
 
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)

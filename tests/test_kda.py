@@ -17,10 +17,10 @@ BOUNDED = dict(gate="bounded", A_log=True, dt_bias=True, beta_is_logits=True, qk
 STATES = dict(initial_state=True, final_state=True)
 
 
-def check_case(case, implementation):
+def check_case(case, implementation, quickly=True):
     case = for_implementation(case, implementation)
     # Under "cuda" the backward is the XLA path's, which is tested as such.
-    check(case, run(case, implementation, gradients=implementation == "xla", quickly=True))
+    check(case, run(case, implementation, gradients=implementation == "xla", quickly=quickly))
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_log_decays(decay, dtype, implementation):
 @pytest.mark.parametrize("keys", ["uniform", "identical", "alternating", "near", "zero"])
 @pytest.mark.parametrize("beta", ["near_one", "two", "one"])
 def test_correlated_keys(keys, beta, implementation):
+    # Ill-conditioned on purpose, so compiled as users compile: the last bits count.
     for dtype in ("float32", "bfloat16"):
-        check_case(
-            Case(T=130, dtype=dtype, keys=keys, beta=beta, decay="zero", **STATES), implementation
-        )
+        case = Case(T=130, dtype=dtype, keys=keys, beta=beta, decay="zero", **STATES)
+        check_case(case, implementation, quickly=False)
 
 
 @pytest.mark.parametrize("gate", ["softplus", "bounded"])
@@ -91,7 +91,8 @@ def test_subsets_of_optional_inputs(A_log, dt_bias, initial_state, final_state, 
     optional = dict(
         A_log=A_log, dt_bias=dt_bias, initial_state=initial_state, final_state=final_state
     )
-    check_case(Case(T=65, gate="bounded", **optional), implementation)
+    # dA_log is one number a head: of a few alone, the peer's error is a matter of luck.
+    check_case(Case(T=65, HV=16, gate="bounded", **optional), implementation)
 
 
 # A pairwise-covering choice over gate, beta, norm, dtype, states, scale.

@@ -11,6 +11,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read again wherever it is asked for: what follows from it is then not kept in
+// registers for the whole of a long loop.
+__device__ __forceinline__ uint32_t thread_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // 2^x, relative error 2^-22; results below 2^-126 are zero; 2^0 is exactly 1.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -93,6 +101,10 @@ __device__ __forceinline__ void async_load_16(void* shared, const void* global, 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(exists ? 16 : 0)
                : "memory");
+}
+// This thread's copies so far are there; a barrier makes them everybody's.
+__device__ __forceinline__ void wait_for_async_loads() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 // Arrives on the barrier once this thread's copies so far are there; the barrier's count includes
 // this arrival.

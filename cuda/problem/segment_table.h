@@ -1,6 +1,7 @@
 // segment_ids [B, T] -> chunk table, segment table, counts: the logic, without a word of how its
 // threads run. A team of threads works in phases: `team.parallel(f)` calls f(thread) for each and
-// returns when all have; between phases the whole team is at the same place. The GPU's team is a
+// returns when all have; between phases the whole team is at the same place. `team.inclusive_scan`
+// replaces each value by the combination of all up to it, `team.add` counts. The GPU's team is a
 // CTA, the tests' a loop, and both run this code.
 //
 // A run is a maximal stretch of equal ids inside a row, or of padding, whatever its ids; segments
@@ -55,6 +56,7 @@ JAX_FLASHKDA_HOST_DEVICE int32_t chunks_of(int32_t tokens) {
 JAX_FLASHKDA_HOST_DEVICE int length_bucket(int32_t tokens) {
   const int32_t chunks = chunks_of(tokens);
   int bucket = 0;
+#pragma unroll 1
   while (bucket < kLengthBuckets - 1 && chunks > (1 << bucket)) ++bucket;
   return bucket;
 }
@@ -123,6 +125,14 @@ JAX_FLASHKDA_HOST_DEVICE Marks mark_positions(const Ids& ids, int64_t low, int64
   return marks;
 }
 
+JAX_FLASHKDA_HOST_DEVICE int lowest_bit(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
 // The summary of a position at which a run begins.
 JAX_FLASHKDA_HOST_DEVICE RunSummary one_start(const Marks& marks, int i, int32_t position) {
   const bool padding = marks.padding >> i & 1;
@@ -135,11 +145,12 @@ JAX_FLASHKDA_HOST_DEVICE RunSummary one_start(const Marks& marks, int i, int32_t
 }
 
 // Visits each start of a run with the summary of all before it, and returns that of all.
-template <int kCount, class Visit>
+template <class Visit>
 JAX_FLASHKDA_HOST_DEVICE RunSummary walk(RunSummary before, const Marks& marks, int64_t low,
                                          Visit visit) {
-  for (int i = 0; i < kCount; ++i) {
-    if (!(marks.starts >> i & 1)) continue;
+#pragma unroll 1
+  for (uint32_t left = marks.starts; left != 0; left &= left - 1) {
+    const int i = lowest_bit(left);
     const int32_t position = static_cast<int32_t>(low + i);
     visit(before, position);
     before = combine(before, one_start(marks, i, position));
@@ -165,37 +176,24 @@ struct Shape {
   static JAX_FLASHKDA_HOST_DEVICE int64_t positions(const Ids& ids) {
     return int64_t{ids.tokens} + 1;
   }
-  static JAX_FLASHKDA_HOST_DEVICE int64_t block_positions(int64_t positions) {
-    const int64_t tiles = (positions + kTile - 1) / kTile;
+  // 32 bits hold any of this, and divide faster.
+  static JAX_FLASHKDA_HOST_DEVICE uint32_t block_positions(int64_t positions) {
+    const uint32_t tiles = (static_cast<uint32_t>(positions) + kTile - 1) / kTile;
     return (tiles + kBlocks - 1) / kBlocks * kTile;
   }
   static JAX_FLASHKDA_HOST_DEVICE int blocks(int64_t positions) {
-    return static_cast<int>((positions + block_positions(positions) - 1) /
-                            block_positions(positions));
+    const uint32_t length = block_positions(positions);
+    return static_cast<int>((static_cast<uint32_t>(positions) + length - 1) / length);
   }
 
   struct Shared {
     Marks marks[kThreads];
-    RunSummary runs[2][kThreads];
-    BucketCounts ended[2][kThreads];
+    RunSummary runs[kThreads];       // of a thread's positions; scanned: of those and all before
+    BucketCounts ended[kThreads];    // the same of the segments that end at them
     int32_t all[kLengthBuckets];     // segments of the call
     int32_t places[kLengthBuckets];  // where the next segment of a bucket goes
   };
 };
-
-// values[result][i] becomes the combination of values[0][0 .. i]. Each step has a buffer of its
-// own, so one phase a step is enough.
-template <int kThreads, class Team, class Value>
-JAX_FLASHKDA_HOST_DEVICE int inclusive_scan(Team& team, Value (&values)[2][kThreads]) {
-  int from = 0;
-  for (int distance = 1; distance < kThreads; distance *= 2, from ^= 1)
-    team.parallel([&](int thread) {
-      values[from ^ 1][thread] =
-          thread < distance ? values[from][thread]
-                            : combine(values[from][thread - distance], values[from][thread]);
-    });
-  return from;
-}
 
 // Calls tile(low, runs before the tile, runs before each thread) for each tile of a block; returns
 // the summary of all to its end. `before` is what is known of the runs before the block.
@@ -209,15 +207,13 @@ JAX_FLASHKDA_HOST_DEVICE RunSummary for_each_tile(Team& team, typename Shape::Sh
     team.parallel([&](int thread) {
       const int64_t at = low + thread * Shape::kPositions;
       s.marks[thread] = mark_positions<Shape::kPositions>(ids, at, end);
-      s.runs[0][thread] = walk<Shape::kPositions>(RunSummary{}, s.marks[thread], at,
-                                                  [](const RunSummary&, int32_t) {});
+      s.runs[thread] = walk(RunSummary{}, s.marks[thread], at, [](const RunSummary&, int32_t) {});
     });
-    const int result = inclusive_scan(team, s.runs);
+    team.inclusive_scan(s.runs);
     // Read before the tile's last phase: the next tile writes there.
-    const RunSummary all = combine(before, s.runs[result][Shape::kThreads - 1]);
-    tile(low, [&](int thread) {
-      return thread == 0 ? before : combine(before, s.runs[result][thread - 1]);
-    });
+    const RunSummary all = combine(before, s.runs[Shape::kThreads - 1]);
+    tile(low,
+         [&](int thread) { return thread == 0 ? before : combine(before, s.runs[thread - 1]); });
     before = all;
   }
   return before;
@@ -233,12 +229,11 @@ JAX_FLASHKDA_HOST_DEVICE void summarize_block(Team& team, typename Shape::Shared
   const RunSummary runs =
       for_each_tile<Shape>(team, s, ids, block, RunSummary{}, [&](int64_t low, auto before_thread) {
         team.parallel([&](int thread) {
-          walk<Shape::kPositions>(
-              before_thread(thread), s.marks[thread], low + thread * Shape::kPositions,
-              [&](const RunSummary& before, int32_t position) {
-                if (leaves_segment(before))
-                  team.add(&s.all[length_bucket(position - before.last_start)], 1);
-              });
+          walk(before_thread(thread), s.marks[thread], low + thread * Shape::kPositions,
+               [&](const RunSummary& before, int32_t position) {
+                 if (leaves_segment(before))
+                   team.add(&s.all[length_bucket(position - before.last_start)], 1);
+               });
         });
       });
   team.parallel([&](int thread) {
@@ -254,30 +249,32 @@ JAX_FLASHKDA_HOST_DEVICE RunSummary place_block(Team& team, typename Shape::Shar
                                                 const Ids& ids, int block,
                                                 const TableBlock* blocks) {
   const int count = Shape::blocks(Shape::positions(ids));
+  auto add = [&](int of_block, int bucket, int32_t segments) {
+    if (segments == 0) return;
+    team.add(&s.all[bucket], segments);
+    if (of_block < block) team.add(&s.places[bucket], segments);
+  };
   team.parallel([&](int thread) {
-    s.runs[0][thread] = thread < count ? blocks[thread].runs : RunSummary{};
     for (int i = thread; i < kLengthBuckets; i += Shape::kThreads) s.all[i] = s.places[i] = 0;
   });
-  const int result = inclusive_scan(team, s.runs);
   team.parallel([&](int thread) {
-    auto count_segments = [&](int of_block, int bucket, int32_t segments) {
-      team.add(&s.all[bucket], segments);
-      if (of_block < block) team.add(&s.places[bucket], segments);
-    };
-    for (int i = thread; i < count * kLengthBuckets; i += Shape::kThreads) {
-      const int32_t ended = blocks[i / kLengthBuckets].ended[i % kLengthBuckets];
-      if (ended > 0) count_segments(i / kLengthBuckets, i % kLengthBuckets, ended);
-    }
-    // And the segment that began before block `thread` and ends in it.
-    if (thread == 0 || thread >= count || blocks[thread].runs.first_start < 0) return;
-    const RunSummary before = s.runs[result][thread - 1];
-    if (leaves_segment(before))
-      count_segments(thread, length_bucket(blocks[thread].runs.first_start - before.last_start), 1);
+    const TableBlock of_thread = thread < count ? blocks[thread] : TableBlock{};
+    s.runs[thread] = of_thread.runs;
+    for (int i = 0; i < kLengthBuckets; ++i) add(thread, i, of_thread.ended[i]);
   });
-  const RunSummary before = block == 0 ? RunSummary{} : s.runs[result][block - 1];
+  team.inclusive_scan(s.runs);
+  team.parallel(
+      [&](int thread) {  // and the segment that began before block `thread` and ends in it
+        if (thread == 0 || thread >= count || blocks[thread].runs.first_start < 0) return;
+        const RunSummary before = s.runs[thread - 1];
+        if (leaves_segment(before))
+          add(thread, length_bucket(blocks[thread].runs.first_start - before.last_start), 1);
+      });
+  const RunSummary before = block == 0 ? RunSummary{} : s.runs[block - 1];
   team.parallel([&](int thread) {
     for (int i = thread; i < kLengthBuckets; i += Shape::kThreads)
-      for (int longer = i + 1; longer < kLengthBuckets; ++longer) s.places[i] += s.all[longer];
+      for (int longer = 0; longer < kLengthBuckets; ++longer)
+        s.places[i] += longer > i ? s.all[longer] : 0;
   });
   return before;
 }
@@ -298,13 +295,20 @@ template <int kCount>
 JAX_FLASHKDA_HOST_DEVICE void write_entries(const Tables& tables, const Ids& ids, RunSummary before,
                                             const Marks& marks, int64_t low, int64_t high,
                                             const int32_t* places, BucketCounts ended) {
-  for (int i = 0; i < kCount && low + i < high; ++i) {
-    const int32_t position = static_cast<int32_t>(low + i);
-    const bool start = marks.starts >> i & 1;
-    if (before.last_start >= 0 &&
-        (start || (position - before.last_start) % static_cast<int32_t>(kChunk) == 0))
-      write_chunk(tables, ids, before, position);
-    if (!start) continue;
+  int64_t from = low;  // what ended before has been written
+#pragma unroll 1
+  for (uint32_t left = marks.starts;; left &= left - 1) {
+    const int i = left != 0 ? lowest_bit(left) : kCount;
+    const int64_t next = low + i < high ? low + i : high;
+    if (before.last_start >= 0) {
+      int64_t end =
+          before.last_start + chunks_of(static_cast<int32_t>(from - before.last_start)) * kChunk;
+#pragma unroll 1
+      for (; end < next; end += kChunk) write_chunk(tables, ids, before, static_cast<int32_t>(end));
+    }
+    if (left == 0) return;
+    const int32_t position = static_cast<int32_t>(next);
+    if (before.last_start >= 0) write_chunk(tables, ids, before, position);
     if (leaves_segment(before)) {
       const int32_t length = position - before.last_start, row = before.last_start / ids.T;
       const int bucket = length_bucket(length);
@@ -315,9 +319,9 @@ JAX_FLASHKDA_HOST_DEVICE void write_entries(const Tables& tables, const Ids& ids
     }
     if (marks.rows >> i & 1 && position > 0)
       tables.row_segments[position / ids.T - 1] = before.segments - before.segments_before_row;
-    const RunSummary all = combine(before, one_start(marks, i, position));
-    if (position == ids.tokens) *tables.counts = {all.chunks, all.segments};
-    before = all;
+    before = combine(before, one_start(marks, i, position));
+    if (position == ids.tokens) *tables.counts = {before.chunks, before.segments};
+    from = next + 1;
   }
 }
 
@@ -331,23 +335,21 @@ JAX_FLASHKDA_HOST_DEVICE void write_block(Team& team, typename Shape::Shared& s,
   for_each_tile<Shape>(team, s, ids, block, before_block, [&](int64_t low, auto before_thread) {
     team.parallel([&](int thread) {
       BucketCounts ended;
-      walk<Shape::kPositions>(before_thread(thread), s.marks[thread],
-                              low + thread * Shape::kPositions,
-                              [&](const RunSummary& before, int32_t position) {
-                                if (leaves_segment(before))
-                                  ended.add_one(length_bucket(position - before.last_start));
-                              });
-      s.ended[0][thread] = ended;
+      walk(before_thread(thread), s.marks[thread], low + thread * Shape::kPositions,
+           [&](const RunSummary& before, int32_t position) {
+             if (leaves_segment(before)) ended.add_one(length_bucket(position - before.last_start));
+           });
+      s.ended[thread] = ended;
     });
-    const int result = inclusive_scan(team, s.ended);
+    team.inclusive_scan(s.ended);
     team.parallel([&](int thread) {
       write_entries<Shape::kPositions>(tables, ids, before_thread(thread), s.marks[thread],
                                        low + thread * Shape::kPositions, positions, s.places,
-                                       thread == 0 ? BucketCounts{} : s.ended[result][thread - 1]);
+                                       thread == 0 ? BucketCounts{} : s.ended[thread - 1]);
     });
     team.parallel([&](int thread) {
       for (int i = thread; i < kLengthBuckets; i += Shape::kThreads)
-        s.places[i] += s.ended[result][Shape::kThreads - 1].get(i);
+        s.places[i] += s.ended[Shape::kThreads - 1].get(i);
     });
   });
 }

@@ -51,12 +51,12 @@ struct RunSummary {
   int32_t chunks = 0;                // of the runs that end in the range as well
   int32_t segments = 0;              // runs that are no padding
   int32_t segments_before_row = -1;  // those before the last row's start; -1: no row starts here
-  bool last_is_padding = false;
+  int32_t last_is_padding = 0;
 };
 
 struct TableBlock {
   RunSummary runs;
-  int32_t ended[kLengthBuckets];  // segments that begin and end in the block, by length
+  int32_t ended[kLengthBuckets] = {};  // segments that begin and end in the block, by length
 };
 
 // The bf16 operands that the state stage multiplies, as it holds them in shared memory: tiles of

@@ -4,16 +4,51 @@
 // reads that of all blocks and writes the tables. One block needs one launch.
 #pragma once
 
+#include <cstring>
+
 #include "problem/segments.cuh"
 #include "sm90/segment_table/config.h"
 
 namespace jax_flashkda::segment_table {
+
+template <class Value>
+__device__ __forceinline__ Value shuffle_up(const Value& value, int distance) {
+  constexpr int kWords = sizeof(Value) / 4;
+  static_assert(sizeof(Value) % 4 == 0, "whole words");
+  int words[kWords];
+  memcpy(words, &value, sizeof(Value));
+  for (int i = 0; i < kWords; ++i) words[i] = __shfl_up_sync(0xffffffffu, words[i], distance);
+  Value shuffled;
+  memcpy(&shuffled, words, sizeof(Value));
+  return shuffled;
+}
 
 struct Cta {
   template <class Phase>
   __device__ void parallel(Phase phase) {
     phase(static_cast<int>(threadIdx.x));
     __syncthreads();  // all threads' writes of this phase, before anybody's reads in the next
+  }
+  // A value a thread: scanned inside each warp, then behind the totals of the warps before.
+  template <class Value>
+  __device__ void inclusive_scan(Value (&values)[Config::kThreads]) {
+    const int thread = threadIdx.x, lane = thread % 32;
+    Value value = values[thread];
+#pragma unroll 1
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const Value before = shuffle_up(value, distance);
+      if (lane >= distance) value = combine(before, value);
+    }
+    values[thread] = value;
+    __syncthreads();  // the totals of all warps, in their last lanes' places, before they are read
+    if (thread >= 32) {
+      Value before = values[31];
+      for (int last = 63; last < thread - lane; last += 32) before = combine(before, values[last]);
+      value = combine(before, value);
+    }
+    __syncthreads();  // the totals have been read, before the last lanes replace them
+    values[thread] = value;
+    __syncthreads();  // the scan, before anybody reads it
   }
   // Counts alone: nobody sees in which order they were added.
   __device__ void add(int32_t* count, int32_t more) { atomicAdd(count, more); }

@@ -23,7 +23,7 @@ from ._segments import CHUNK
 # exp(-110) is 0 in fp32: a stronger decay changes nothing, and -inf becomes a plain reset.
 MIN_LOG_DECAY = -110.0
 L2NORM_EPS = 1e-6
-SUB_BLOCK = 16
+SUB_BLOCK = 8
 
 _TOKEN_OPERANDS = ("q", "k", "v", "g", "beta")
 

@@ -13,6 +13,9 @@ namespace jax_flashkda {
 inline constexpr int64_t kChunk = 64;  // tokens in a whole chunk
 inline constexpr int64_t kWorkspaceAlignment = 1024;
 
+// The tables. Chunks stand in the order of their tokens, padding included; segments longest first,
+// by powers of two of their chunks and then in the order of their tokens.
+//
 // One chunk of one row: at most kChunk consecutive tokens of one segment, or of padding.
 struct ChunkEntry {
   int32_t row;
@@ -34,6 +37,26 @@ inline constexpr int32_t kPadding = -1;
 struct TableCounts {
   int32_t chunks;
   int32_t segments;
+};
+
+// How the table is built (problem/segment_table.h): positions in blocks, and what one block tells
+// the others.
+inline constexpr int kMostTableBlocks = 128;
+inline constexpr int kLengthBuckets = 16;
+
+// The runs of ids that begin in a range of positions.
+struct RunSummary {
+  int32_t first_start = -1;  // position of the first run; -1: none begins in the range
+  int32_t last_start = -1;
+  int32_t chunks = 0;                // of the runs that end in the range as well
+  int32_t segments = 0;              // runs that are no padding
+  int32_t segments_before_row = -1;  // those before the last row's start; -1: no row starts here
+  int32_t last_is_padding = 0;
+};
+
+struct TableBlock {
+  RunSummary runs;
+  int32_t ended[kLengthBuckets] = {};  // segments that begin and end in the block, by length
 };
 
 // The bf16 operands that the state stage multiplies, as it holds them in shared memory: tiles of
@@ -60,6 +83,7 @@ struct ForwardWorkspace {
   int64_t segment_table;  // [B T] SegmentEntry      with segment_ids
   int64_t counts;         // TableCounts             with segment_ids
   int64_t row_segments;   // [B] int32 segments of a row, with segment_ids
+  int64_t table_blocks;   // [kMostTableBlocks] TableBlock, with segment_ids
   int64_t decay_slots;    // a count, not an offset
   int64_t bytes;
 };
@@ -84,6 +108,7 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
     w.segment_table = take(shape.B * shape.T * static_cast<int64_t>(sizeof(SegmentEntry)));
     w.counts = take(static_cast<int64_t>(sizeof(TableCounts)));
     w.row_segments = take(shape.B * 4);
+    w.table_blocks = take(kMostTableBlocks * static_cast<int64_t>(sizeof(TableBlock)));
   }
   w.bytes = end;
   return w;

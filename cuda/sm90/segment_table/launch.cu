@@ -11,14 +11,15 @@ using segment_table::Config;
 
 Status launch_segment_table(const ForwardParams& params, const ForwardWorkspace& workspace,
                             CUstream_st* stream) {
+  const auto blocks =
+      static_cast<unsigned>(Config::Shape::blocks(params.shape.B * params.shape.T + 1));
   clear_older_error();
-  auto* counts =
-      reinterpret_cast<TableCounts*>(static_cast<uint8_t*>(params.workspace) + workspace.counts);
-  segment_table::clear_counts_kernel<<<1, 1, 0, stream>>>(counts);
-  if (Status status = launch_status("clear_counts_kernel"); !status.ok()) return status;
-  segment_table::
-      segment_table_kernel<<<static_cast<unsigned>(params.shape.B), Config::kThreads, 0, stream>>>(
-          params, workspace);
+  if (blocks > 1) {
+    segment_table::segment_blocks_kernel<<<blocks, Config::kThreads, 0, stream>>>(params,
+                                                                                  workspace);
+    if (Status status = launch_status("segment_blocks_kernel"); !status.ok()) return status;
+  }
+  segment_table::segment_table_kernel<<<blocks, Config::kThreads, 0, stream>>>(params, workspace);
   return launch_status("segment_table_kernel");
 }
 

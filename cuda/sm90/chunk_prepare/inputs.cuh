@@ -98,8 +98,9 @@ __device__ __forceinline__ void publish_scalar(Config::Shared::Scalars& s, uint3
   if (token < 0) {
     s.dt_bias[thread] = __uint_as_float(scalar);
   } else if (token < kChunk) {
-    const float beta = __uint_as_float(p.beta_dtype == DType::kBF16 ? scalar << 16 : scalar);
-    s.beta[token] = token < length ? beta_value(beta, p.beta_is_logits, p.allow_neg_eigval) : 0.0f;
+    const float raw = __uint_as_float(p.beta_dtype == DType::kBF16 ? scalar << 16 : scalar);
+    const float beta = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
+    s.beta[token] = token < length ? p.nonzero_beta ? nonzero_beta(beta) : beta : 0.0f;
   } else if (token == kChunk) {
     s.amplitude = expf(__uint_as_float(scalar));
   }
@@ -160,12 +161,12 @@ struct Items {
     head -= heads;
     ++index;
   }
-  // The next chunk that is not padding; the output of padding is cleared on the way.
+  // The next chunk that is not padding; the output of padding, if any, is cleared on the way.
   __device__ Chunk next_segment_chunk() {
     for (; left(); advance()) {
       const Chunk found = chunk();
       if (!found.padding) return found;
-      clear_output(p, found, head);
+      if (p.o != nullptr) clear_output(p, found, head);
     }
     return {};
   }

@@ -150,14 +150,15 @@ void check_gradient_pointers(const BackwardParams& p, Problems& problems) {
   check_pointer("dg", p.dg, tokens, 16, problems);
   check_pointer("d_beta", p.d_beta, tokens, 4, problems);
   auto check_optional = [&](const char* what, const void* operand, const void* gradient,
-                            uintptr_t alignment) {
-    check_pointer(what, gradient, operand != nullptr, alignment, problems);
-    if (operand == nullptr && gradient != nullptr)
+                            bool elements, uintptr_t alignment) {
+    check_pointer(what, gradient, elements && operand != nullptr, alignment, problems);
+    if (elements && operand == nullptr && gradient != nullptr)
       problems.add(what, " was asked for, but the call has no such operand");
   };
-  check_optional("dA_log", p.forward.A_log, p.dA_log, 4);
-  check_optional("d_dt_bias", p.forward.dt_bias, p.d_dt_bias, 16);
-  check_optional("d_initial_state", p.forward.initial_state, p.d_initial_state, 16);
+  check_optional("dA_log", p.forward.A_log, p.dA_log, s.B > 0, 4);
+  check_optional("d_dt_bias", p.forward.dt_bias, p.d_dt_bias, s.B > 0, 16);
+  check_optional("d_initial_state", p.forward.initial_state, p.d_initial_state, s.B > 0 && s.N > 0,
+                 16);
 }
 
 // Zero for shapes that are refused.

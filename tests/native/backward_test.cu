@@ -10,7 +10,7 @@
 #include <string>
 
 #include "cases.h"
-#include "gradient_oracle.h"
+#include "backward_oracle.h"
 #include "problem/numerics.cuh"
 #include "problem/workspace.h"
 

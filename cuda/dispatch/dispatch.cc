@@ -65,10 +65,10 @@ Status backward(const BackwardParams& given, CUstream_st* stream) {
   if (has_tokens(forward.shape)) {
     if (Status status = prepare_chunks(forward, workspace.forward, stream); !status.ok())
       return status;
-    for (auto launch : {sm90::launch_chunk_state_forward, sm90::launch_chunk_state_backward,
-                        sm90::launch_chunk_gradient}) {
-      if (Status status = launch(params, workspace, stream); !status.ok()) return status;
-    }
+    if (Status status = sm90::launch_chunk_state_gradient(params, workspace, stream); !status.ok())
+      return status;
+    if (Status status = sm90::launch_chunk_gradient(params, workspace, stream); !status.ok())
+      return status;
   }
   if (forward.shape.B > 0) {
     if (Status status = sm90::launch_gradient_reduce(params, workspace, stream); !status.ok())

@@ -29,13 +29,10 @@ Status launch_chunk_prepare(const ForwardParams& params, const ForwardWorkspace&
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
 
-// The backward, behind segment_table and chunk_prepare of params.forward. The two scans read
-// nothing of each other.
-// Walks each segment forwards: states at its boundaries, corrected values.
-Status launch_chunk_state_forward(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                  CUstream_st* stream);
-// Walks each segment backwards: state gradients at its boundaries, dv, d_initial_state.
-Status launch_chunk_state_backward(const BackwardParams& params, const BackwardWorkspace& workspace,
+// The backward, behind segment_table and chunk_prepare of params.forward.
+// Walks each segment forwards, for the states at its boundaries and the corrected values, and
+// backwards, for the state gradients at its boundaries, dv and d_initial_state.
+Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                                    CUstream_st* stream);
 // All chunks at once: dq, dk (of each value head where HV > H), dg, d_beta, partial sums of dA_log
 // and d_dt_bias; and zeros for padding, in dv too.

@@ -75,11 +75,17 @@ struct Config {
   };
 };
 
+// A CTA's share of a scan: items cta, cta + ctas, ..
+struct Share {
+  int64_t cta;
+  int64_t ctas;
+};
+
 // The chunks of a CTA in the order of its work. Both loaders and, through the headers, the
 // consumers follow it.
 template <class Config, class Visit>
 __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const ForwardWorkspace& w,
-                                               Visit visit) {
+                                               const Share& share, Visit visit) {
   const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
   const SegmentEntry* entries = reinterpret_cast<const SegmentEntry*>(workspace + w.segment_table);
   const int64_t segments =
@@ -88,7 +94,7 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
                               0, p.shape.B * p.shape.T)
           : p.shape.B;
   constexpr int kSplits = Config::kHeadDim / (Config::kValueTiles * Config::kColumns);
-  for (int64_t item = blockIdx.x; item < segments * p.shape.HV * kSplits; item += gridDim.x) {
+  for (int64_t item = share.cta; item < segments * p.shape.HV * kSplits; item += share.ctas) {
     const int64_t index = item / (p.shape.HV * kSplits), head = item / kSplits % p.shape.HV;
     const SegmentEntry whole_row = {static_cast<int32_t>(index), 0, static_cast<int32_t>(p.shape.T),
                                     0};
@@ -139,12 +145,13 @@ struct Ring {
 // One warp: headers, decays and operand tiles, by the copy engine.
 template <class Config>
 __device__ __forceinline__ void load_operands(typename Config::Shared& s, const ForwardParams& p,
-                                              const ForwardWorkspace& w, int lane) {
+                                              const ForwardWorkspace& w, const Share& share,
+                                              int lane) {
   const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
   Ring<Config::kStages> ring(1);  // the first pass finds all stages empty
   const int place = Config::place(lane);
   for_each_chunk<Config>(
-      p, w, [&](const ChunkHeader& header, int64_t operand_row, int64_t decay_slot) {
+      p, w, share, [&](const ChunkHeader& header, int64_t operand_row, int64_t decay_slot) {
         mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
         typename Config::Stage& to = s.stages[ring.stage];
         uint64_t* full = &s.full[ring.stage];
@@ -173,10 +180,10 @@ __device__ __forceinline__ void load_operands(typename Config::Shared& s, const 
 template <class Config>
 __device__ __forceinline__ void load_rows(typename Config::Shared& s, const ForwardParams& p,
                                           const ForwardWorkspace& w, const void* source,
-                                          int thread) {
+                                          const Share& share, int thread) {
   constexpr int kPieces = 8 * Config::kValueTiles;  // 16-byte pieces of a row
   Ring<Config::kStages> ring(1);
-  for_each_chunk<Config>(p, w, [&](const ChunkHeader& header, int64_t, int64_t) {
+  for_each_chunk<Config>(p, w, share, [&](const ChunkHeader& header, int64_t, int64_t) {
     mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
     typename Config::Stage& to = s.stages[ring.stage];
     if (header.length > 0) {
@@ -216,7 +223,7 @@ struct Place {
 // by each thread of the consumer warpgroups.
 template <class Config, class Consume>
 __device__ __forceinline__ void scan(const ForwardParams& p, const ForwardWorkspace& w,
-                                     const void* rows, Consume consume) {
+                                     const void* rows, const Share& share, Consume consume) {
   extern __shared__ uint8_t shared_bytes[];
   typename Config::Shared& s = *reinterpret_cast<typename Config::Shared*>(
       shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
@@ -234,9 +241,9 @@ __device__ __forceinline__ void scan(const ForwardParams& p, const ForwardWorksp
   if (warpgroup == 0) {
     if constexpr (Config::kMoveRegisters) lower_registers<Config::kLoaderRegisters>();
     if (warp == 0) {
-      load_operands<Config>(s, p, w, lane);
+      load_operands<Config>(s, p, w, share, lane);
     } else {
-      load_rows<Config>(s, p, w, rows, threadIdx.x - 32);
+      load_rows<Config>(s, p, w, rows, share, threadIdx.x - 32);
     }
   } else {
     if constexpr (Config::kMoveRegisters) raise_registers<Config::kConsumerRegisters>();

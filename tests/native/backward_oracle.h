@@ -113,8 +113,9 @@ class HeadGradient {
       d_amplitude = log_decay(c, c.g[value_row(t) * K + i], A_log(), dt_bias(i)) * d_log_decay;
     }
     if (c.gate == Gate::kBounded) {
-      const double sigmoid = 1.0 / (1.0 + std::exp(-amplitude * x));
-      const double d_argument = c.gate_lower_bound * sigmoid * (1.0 - sigmoid) * d_log_decay;
+      const double slope =  // sigmoid (1 - sigmoid), neither of them a difference
+          1.0 / (1.0 + std::exp(-amplitude * x)) / (1.0 + std::exp(amplitude * x));
+      const double d_argument = c.gate_lower_bound * slope * d_log_decay;
       d_raw = amplitude * d_argument;
       d_amplitude = amplitude * x * d_argument;
     }

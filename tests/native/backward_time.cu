@@ -54,11 +54,10 @@ void time_shape(const Shape& s, Gate gate, bool fast) {
     require(sm90::launch_chunk_prepare(aligned(i).forward, workspace.forward, nullptr));
   });
   std::printf(
-      "%-14s %-8s %-4s  forward %7.3f  backward %7.3f ms  prepare %7.3f  scans %7.3f + %7.3f  "
+      "%-14s %-8s %-4s  forward %7.3f  backward %7.3f ms  prepare %7.3f  scans %7.3f  "
       "gradient %7.3f  reduce %6.3f  both / forward %.2f\n",
       s.name, gate == Gate::kSoftplus ? "softplus" : "bounded", fast ? "fast" : "slow", before,
-      whole, prepare, stage(sm90::launch_chunk_state_forward),
-      stage(sm90::launch_chunk_state_backward), stage(sm90::launch_chunk_gradient),
+      whole, prepare, stage(sm90::launch_chunk_state_gradient), stage(sm90::launch_chunk_gradient),
       stage(sm90::launch_gradient_reduce), (before + whole) / before);
   std::fflush(stdout);
 }

@@ -10,9 +10,10 @@
 //   dV = ((I + A_kk)^-1 Diag(beta))^T dU
 //   dS <- Diag(exp(G_C)) dS + scale (q exp(G))^T dO - (k exp(G))^T dV
 //
-// Grid: persistent CTAs over (segment, value head[, half of V]). Roles: see state_scan.cuh; S or dS
-// stays in accumulators, transposed [64 V x 128 K], and everything [64 V x 64 tokens] that is
-// multiplied becomes a register operand where it is.
+// Neither reads what the other writes, so one launch does both. Grid: persistent CTAs over
+// (direction, segment, value head[, half of V]). Roles: see state_scan.cuh; S or dS stays in
+// accumulators, transposed [64 V x 128 K], and everything [64 V x 64 tokens] that is multiplied
+// becomes a register operand where it is.
 //
 // Read: the workspace's operands, v or d_o [B, T, HV, V], initial_state or d_final_state. Written:
 // S or dS at each boundary between two chunks, as bf16 images; U; dv [B, T, HV, V],
@@ -187,26 +188,27 @@ struct StateGradientWarps {
 
 template <class Config, template <class> class Warps>
 __device__ __forceinline__ void scan_boundaries(const BackwardParams& p, const BackwardWorkspace& w,
-                                                const void* rows) {
-  scan<Config>(p.forward, w.forward, rows, [&](typename Config::Shared& s, const Place& at) {
+                                                const void* rows, const Share& share) {
+  scan<Config>(p.forward, w.forward, rows, share, [&](typename Config::Shared& s, const Place& at) {
     Warps<Config> warps{p, w, s.boundary[at.tile], at};
     consume_chunks<Config>(s, warps);
     if (at.lane == 0) bulk_store_wait_read();  // shared memory outlives the copies that read it
   });
 }
 
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    chunk_state_forward_kernel(const __grid_constant__ BackwardParams p,
-                               const __grid_constant__ BackwardWorkspace w) {
-  scan_boundaries<Config, StateWarps>(p, w, p.forward.v);
-}
-
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    chunk_state_backward_kernel(const __grid_constant__ BackwardParams p,
-                                const __grid_constant__ BackwardWorkspace w) {
-  scan_boundaries<Config, StateGradientWarps>(p, w, p.d_o);
+// The first CTAs, of which there are `backward_ctas`, walk backwards, which takes longer.
+template <int kValueTiles>
+__global__ void __launch_bounds__(128 * (kValueTiles + 1), 1)
+    chunk_state_gradient_kernel(const __grid_constant__ BackwardParams p,
+                                const __grid_constant__ BackwardWorkspace w,
+                                uint32_t backward_ctas) {
+  if (blockIdx.x < backward_ctas) {
+    const Share share = {blockIdx.x, backward_ctas};
+    scan_boundaries<BackwardConfig<kValueTiles>, StateGradientWarps>(p, w, p.d_o, share);
+  } else {
+    const Share share = {blockIdx.x - backward_ctas, gridDim.x - backward_ctas};
+    scan_boundaries<ForwardConfig<kValueTiles>, StateWarps>(p, w, p.forward.v, share);
+  }
 }
 
 }  // namespace jax_flashkda::chunk_state_gradient

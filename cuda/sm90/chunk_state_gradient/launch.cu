@@ -8,78 +8,54 @@
 namespace jax_flashkda::sm90 {
 
 using chunk_state_gradient::BackwardConfig;
+using chunk_state_gradient::chunk_state_gradient_kernel;
 using chunk_state_gradient::ForwardConfig;
 
 namespace {
 
-using Kernel = void (*)(BackwardParams, BackwardWorkspace);
-
-// One scan with a number of warpgroups for each head.
-struct Scan {
-  Kernel kernel;
-  const char* name;
-  int value_tiles;
-  int threads;
-  size_t shared_bytes;
-};
-
-template <class Config>
-Scan scan_with(Kernel kernel, const char* name) {
-  return {kernel, name, Config::kValueTiles, Config::kThreads,
-          sizeof(typename Config::Shared) + 1024};  // the kernel aligns it itself
+template <int kValueTiles>
+constexpr size_t shared_bytes() {
+  return std::max(sizeof(typename ForwardConfig<kValueTiles>::Shared),
+                  sizeof(typename BackwardConfig<kValueTiles>::Shared)) +
+         1024;  // the kernel aligns it itself
 }
 
 template <int kValueTiles>
-Scan forward_scan() {
-  using Config = ForwardConfig<kValueTiles>;
-  return scan_with<Config>(chunk_state_gradient::chunk_state_forward_kernel<Config>,
-                           "chunk_state_forward_kernel");
+Status raise_limit() {
+  return cuda_status(cudaFuncSetAttribute(chunk_state_gradient_kernel<kValueTiles>,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes<kValueTiles>())),
+                     "chunk_state_gradient_kernel: cudaFuncSetAttribute");
 }
 
 template <int kValueTiles>
-Scan backward_scan() {
-  using Config = BackwardConfig<kValueTiles>;
-  return scan_with<Config>(chunk_state_gradient::chunk_state_backward_kernel<Config>,
-                           "chunk_state_backward_kernel");
-}
-
-// Two CTAs share a head while that leaves none waiting. Both give the same bits.
-Status launch(const Scan& whole_head, const Scan& half_head, const BackwardParams& params,
-              const BackwardWorkspace& workspace, CUstream_st* stream) {
-  const ForwardShape& shape = params.forward.shape;
-  int sms = 0;
-  if (Status status = multiprocessors(sms); !status.ok()) return status;
-  const Scan& scan = shape.B * shape.HV * 2 <= sms ? half_head : whole_head;
-  const int64_t chains = (shape.has_segment_ids ? shape.B * shape.T : shape.B) * shape.HV;
-  const unsigned ctas =
-      static_cast<unsigned>(std::min<int64_t>(chains * (2 / scan.value_tiles), sms));
+Status launch(const BackwardParams& params, const BackwardWorkspace& workspace, int64_t chains,
+              int sms, CUstream_st* stream) {
+  const unsigned ctas = static_cast<unsigned>(std::min<int64_t>(chains * (2 / kValueTiles), sms));
   clear_older_error();
-  scan.kernel<<<ctas, scan.threads, scan.shared_bytes, stream>>>(params, workspace);
-  return launch_status(scan.name);
+  chunk_state_gradient_kernel<kValueTiles>
+      <<<2 * ctas, ForwardConfig<kValueTiles>::kThreads, shared_bytes<kValueTiles>(), stream>>>(
+          params, workspace, ctas);
+  return launch_status("chunk_state_gradient_kernel");
 }
 
 }  // namespace
 
 Status initialize_chunk_state_gradient() {
-  for (const Scan& scan :
-       {forward_scan<1>(), forward_scan<2>(), backward_scan<1>(), backward_scan<2>()}) {
-    Status status =
-        cuda_status(cudaFuncSetAttribute(scan.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(scan.shared_bytes)),
-                    scan.name);
-    if (!status.ok()) return status;
-  }
-  return {};
+  if (Status status = raise_limit<1>(); !status.ok()) return status;
+  return raise_limit<2>();
 }
 
-Status launch_chunk_state_forward(const BackwardParams& params, const BackwardWorkspace& workspace,
-                                  CUstream_st* stream) {
-  return launch(forward_scan<2>(), forward_scan<1>(), params, workspace, stream);
-}
-
-Status launch_chunk_state_backward(const BackwardParams& params, const BackwardWorkspace& workspace,
+// Two CTAs share a head while that leaves none waiting, in either direction. Both give the same
+// bits.
+Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                                    CUstream_st* stream) {
-  return launch(backward_scan<2>(), backward_scan<1>(), params, workspace, stream);
+  const ForwardShape& shape = params.forward.shape;
+  int sms = 0;
+  if (Status status = multiprocessors(sms); !status.ok()) return status;
+  const int64_t chains = (shape.has_segment_ids ? shape.B * shape.T : shape.B) * shape.HV;
+  if (shape.B * shape.HV * 4 <= sms) return launch<1>(params, workspace, chains, sms, stream);
+  return launch<2>(params, workspace, chains, sms, stream);
 }
 
 }  // namespace jax_flashkda::sm90

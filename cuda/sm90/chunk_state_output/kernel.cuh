@@ -87,7 +87,8 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     chunk_state_output_kernel(const __grid_constant__ ForwardParams p,
                               const __grid_constant__ ForwardWorkspace w) {
-  scan<Config>(p, w, p.v, [&](typename Config::Shared& s, const Place& at) {
+  const Share share = {blockIdx.x, gridDim.x};
+  scan<Config>(p, w, p.v, share, [&](typename Config::Shared& s, const Place& at) {
     StateWarps<Config> warps{p, at};
     consume_chunks<Config>(s, warps);
   });

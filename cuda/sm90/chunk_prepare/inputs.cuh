@@ -102,8 +102,9 @@ __device__ __forceinline__ void publish_beta(Config::Shared& s, const Scalars& s
   const int token = static_cast<int>(thread_index()) - Config::kHeadDim;
   if (token < 0 || token >= kChunk) return;
   const uint32_t word = scalars.dt_bias_or_beta;
-  const float beta = __uint_as_float(p.beta_dtype == DType::kBF16 ? word << 16 : word);
-  s.beta[token] = token < length ? beta_value(beta, p.beta_is_logits, p.allow_neg_eigval) : 0.0f;
+  const float raw = __uint_as_float(p.beta_dtype == DType::kBF16 ? word << 16 : word);
+  const float beta = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
+  s.beta[token] = token < length ? p.nonzero_beta ? nonzero_beta(beta) : beta : 0.0f;
 }
 
 // The CTA's share of the items: it counts through the heads of a chunk, then the chunks, in steps of
@@ -142,7 +143,7 @@ __device__ __forceinline__ void clear_output(const ForwardParams& p, const Item&
     o[(item.value_row + (at >> 4) * p.shape.HV) * 16 + (at & 15)] = make_uint4(0, 0, 0, 0);
 }
 
-// The next item that is not padding; the output of padding is cleared on the way.
+// The next item that is not padding; the output of padding, if any, is cleared on the way.
 __device__ __forceinline__ Item next_item(Config::Walk& shared_walk, const ForwardParams& p,
                                           const ForwardWorkspace& w, int lane) {
   const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
@@ -158,7 +159,7 @@ __device__ __forceinline__ Item next_item(Config::Walk& shared_walk, const Forwa
     }
     item = item_of(p, w, chunk, walk.head);
     if (chunk.padding) {
-      clear_output(p, item, lane);
+      if (p.o != nullptr) clear_output(p, item, lane);
       item.length = 0;
     }
     walk.index += gridDim.x / heads;

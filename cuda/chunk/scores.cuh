@@ -14,19 +14,13 @@ __device__ __forceinline__ uint32_t tile_offset(int row, int piece) {
   return row * 256 + ((piece ^ (row & 7)) << 4);
 }
 
-// acc[n] += n-th eight columns of tiles x[16 x 128] times y[16 x 128] transposed.
-__device__ __forceinline__ void score_block(float (&acc)[2][4], uint32_t x_tile, uint32_t y_tile,
-                                            int lane) {
-#pragma unroll
-  for (int step = 0; step < 8; ++step) {
-    const uint32_t offset = tile_offset(lane & 15, 2 * step + (lane >> 4));
-    uint32_t x[4], y[4];
-    load_matrices(x, x_tile + offset);
-    load_matrices(y, y_tile + offset);
-    mma_bf16(acc[0], x, y[0], y[2]);
-    mma_bf16(acc[1], x, y[1], y[3]);
-  }
+// A lane's place in a tile for load_matrices: rows 0 .. 15 of 16 channels. Channels 16 step further
+// it is at ^ step_bits(step) for steps below 4, and half a row behind that for the others.
+__device__ __forceinline__ uint32_t matrices_place(int lane) {
+  return tile_offset(lane & 15, lane >> 4);
 }
+__device__ __forceinline__ constexpr uint32_t step_bits(int step) { return step << 5; }
+inline constexpr int kHalfRow = 128;  // bytes
 
 __device__ __forceinline__ uint32_t multiply_bf16(uint32_t x, uint32_t y) {
   uint32_t product;
@@ -34,36 +28,58 @@ __device__ __forceinline__ uint32_t multiply_bf16(uint32_t x, uint32_t y) {
   return product;
 }
 
-// The same with every channel of y scaled by a power of two. A lane of a product wants those of
-// channels 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 of a step of 16, t = lane % 4: powers is
-// [8 steps][4 lanes] of them.
-__device__ __forceinline__ void score_scaled_block(float (&acc)[2][4], uint32_t x_tile,
-                                                   uint32_t y_tile, const uint2* powers, int lane) {
+// acc[n] += n-th eight columns of tiles x[16 x 128] times y[16 x 128] transposed; where kScaled,
+// every channel of y is scaled by a power of two. A lane of a product wants those of channels 2 t,
+// 2 t + 1 and 2 t + 8, 2 t + 9 of a step of 16, t = lane % 4: powers is [8 steps][4 lanes] of them.
+template <bool kScaled>
+__device__ __forceinline__ void score_block(float (&acc)[2][4], uint32_t x_tile, uint32_t y_tile,
+                                            const uint2* powers, int lane) {
+  const uint32_t x_at = x_tile + matrices_place(lane), y_at = y_tile + matrices_place(lane);
+  auto multiply = [&](const uint32_t (&x)[4], const uint32_t (&y)[4], int step) {
+    uint32_t scaled[4] = {y[0], y[1], y[2], y[3]};
+    if constexpr (kScaled) {
+      const uint2 power = powers[4 * step + (lane & 3)];
 #pragma unroll
-  for (int step = 0; step < 8; ++step) {
-    const uint32_t offset = tile_offset(lane & 15, 2 * step + (lane >> 4));
-    const uint2 power = powers[4 * step + (lane & 3)];
+      for (int i = 0; i < 4; ++i) scaled[i] = multiply_bf16(y[i], i < 2 ? power.x : power.y);
+    }
+    mma_bf16(acc[0], x, scaled[0], scaled[2]);
+    mma_bf16(acc[1], x, scaled[1], scaled[3]);
+  };
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
     uint32_t x[4], y[4];
-    load_matrices(x, x_tile + offset);
-    load_matrices(y, y_tile + offset);
-    mma_bf16(acc[0], x, multiply_bf16(y[0], power.x), multiply_bf16(y[2], power.y));
-    mma_bf16(acc[1], x, multiply_bf16(y[1], power.x), multiply_bf16(y[3], power.y));
+    load_matrices(x, x_at ^ step_bits(step));
+    load_matrices(y, y_at ^ step_bits(step));
+    multiply(x, y, step);
+    load_matrices<kHalfRow>(x, x_at ^ step_bits(step));
+    load_matrices<kHalfRow>(y, y_at ^ step_bits(step));
+    multiply(x, y, step + 4);
   }
 }
 
-// The same for eight rows of y alone: columns 8 half .. 8 half + 7.
+// The same, scaled, for eight rows of y alone: columns 8 half .. 8 half + 7.
 __device__ __forceinline__ void score_scaled_half_block(float (&acc)[4], uint32_t x_tile,
                                                         uint32_t y_tile, int half,
                                                         const uint2* powers, int lane) {
-#pragma unroll
-  for (int step = 0; step < 8; step += 2) {
-    uint32_t x0[4], x1[4], y[4];
-    load_matrices(x0, x_tile + tile_offset(lane & 15, 2 * step + (lane >> 4)));
-    load_matrices(x1, x_tile + tile_offset(lane & 15, 2 * step + 2 + (lane >> 4)));
-    load_matrices(y, y_tile + tile_offset(8 * half + (lane & 7), 2 * step + (lane >> 3)));
+  const uint32_t x_at = x_tile + matrices_place(lane),
+                 y_at = y_tile + tile_offset(8 * half + (lane & 7), lane >> 3);
+  auto multiply = [&](const uint32_t (&x0)[4], const uint32_t (&x1)[4], const uint32_t (&y)[4],
+                      int step) {
     const uint2 p0 = powers[4 * step + (lane & 3)], p1 = powers[4 * step + 4 + (lane & 3)];
     mma_bf16(acc, x0, multiply_bf16(y[0], p0.x), multiply_bf16(y[1], p0.y));
     mma_bf16(acc, x1, multiply_bf16(y[2], p1.x), multiply_bf16(y[3], p1.y));
+  };
+#pragma unroll
+  for (int step = 0; step < 4; step += 2) {
+    uint32_t x0[4], x1[4], y[4];
+    load_matrices(x0, x_at ^ step_bits(step));
+    load_matrices(x1, x_at ^ step_bits(step + 1));
+    load_matrices(y, y_at ^ step_bits(step));
+    multiply(x0, x1, y, step);
+    load_matrices<kHalfRow>(x0, x_at ^ step_bits(step));
+    load_matrices<kHalfRow>(x1, x_at ^ step_bits(step + 1));
+    load_matrices<kHalfRow>(y, y_at ^ step_bits(step));
+    multiply(x0, x1, y, step + 4);
   }
 }
 

@@ -66,33 +66,31 @@ __device__ __forceinline__ int matrix_at(int row, int column) {
   return row * kMatrixStride + column;
 }
 
-// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. All threads of the
-// CTA, of which eight warps work; the diagonal blocks are there and what lies above them is zero.
-// The blocks' own places hold the intermediate L21 X11.
-__device__ __forceinline__ void merge_blocks(const float* s_A, float* s_X, int warp, int lane) {
-  if (warp < 4) {
-    const int at = 32 * (warp >> 1), n = 8 * (warp & 1);
-    float c[4] = {};
-    product<2>(c, s_A + matrix_at(at + 16, at), s_X + matrix_at(at, at + n), lane);
-    store_block(s_X + matrix_at(at + 16, at + n), c, 1.0f, lane);
-    __syncwarp();
-    float d[4] = {};
-    product<2>(d, s_X + matrix_at(at + 16, at + 16), s_X + matrix_at(at + 16, at + n), lane);
-    __syncwarp();
-    store_block(s_X + matrix_at(at + 16, at + n), d, -1.0f, lane);
-  }
-  __syncthreads();  // the 8-column halves of a pair come from two warps
-  const bool works = warp < 8;
-  const int m = 16 * (warp >> 2), n = 8 * (warp & 3);
+// The 16x16 blocks beside the diagonal of the inverse, blocks (1, 0) and (3, 2). Four warps; the
+// diagonal blocks are there and what lies above them is zero. A block's own place holds the
+// intermediate L21 X11.
+__device__ __forceinline__ void merge_to_32(const float* s_A, float* s_X, int warp, int lane) {
+  const int at = 32 * (warp >> 1), n = 8 * (warp & 1);
   float c[4] = {}, d[4] = {};
-  if (works) {
-    product<4>(c, s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n), lane);
-    store_block(s_X + matrix_at(32 + m, n), c, 1.0f, lane);
-  }
-  __syncthreads();  // both row halves of L21 X11 are there
-  if (works) product<4>(d, s_X + matrix_at(32 + m, 32), s_X + matrix_at(32, n), lane);
-  __syncthreads();  // everybody has read L21 X11
-  if (works) store_block(s_X + matrix_at(32 + m, n), d, -1.0f, lane);
+  product<2>(c, s_A + matrix_at(at + 16, at), s_X + matrix_at(at, at + n), lane);
+  store_block(s_X + matrix_at(at + 16, at + n), c, 1.0f, lane);
+  __syncwarp();  // the intermediate's columns, before the warp that wrote them reads them
+  product<2>(d, s_X + matrix_at(at + 16, at + 16), s_X + matrix_at(at + 16, at + n), lane);
+  __syncwarp();  // .. and after
+  store_block(s_X + matrix_at(at + 16, at + n), d, -1.0f, lane);
+}
+
+// Of the lower left 32x32 block of the inverse, a 16x8 tile a warp of eight: rows 16 (warp / 4),
+// columns 8 (warp % 4), elements as in an accumulator; negated. The block's own place holds the
+// intermediate. `barrier` is the eight warps'.
+__device__ __forceinline__ void merge_to_64(float (&tile)[4], const float* s_A, float* s_X,
+                                            int warp, int lane, uint32_t barrier) {
+  const int m = 16 * (warp >> 2), n = 8 * (warp & 3);
+  float c[4] = {};
+  product<4>(c, s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n), lane);
+  store_block(s_X + matrix_at(32 + m, n), c, 1.0f, lane);
+  named_barrier(barrier, 8 * 32);  // both row halves of L21 X11 are there
+  product<4>(tile, s_X + matrix_at(32 + m, 32), s_X + matrix_at(32, n), lane);
 }
 
 }  // namespace jax_flashkda

@@ -117,6 +117,11 @@ __device__ __forceinline__ void async_load_16(void* shared, const void* global, 
                "l"(global), "r"(exists ? 16 : 0)
                : "memory");
 }
+__device__ __forceinline__ void async_load_4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
 // This thread's copies so far are there; a barrier makes them everybody's.
 __device__ __forceinline__ void wait_for_async_loads() {
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -172,10 +177,11 @@ __device__ __forceinline__ uint32_t load_early(const uint16_t* global) {
 }
 
 // Four 8x8 tiles of 16-bit elements; lane l names row l % 8 of tile l / 8.
+template <int kOffset = 0>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(address), "n"(kOffset)
                : "memory");
 }
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {

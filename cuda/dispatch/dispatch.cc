@@ -44,6 +44,10 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
 
   if (has_tokens(params.shape)) {
     if (Status status = prepare_chunks(params, workspace, stream); !status.ok()) return status;
+    if (workspace.pieces.count > 1) {
+      if (Status status = sm90::launch_chunk_state_pieces(params, workspace, stream); !status.ok())
+        return status;
+    }
     if (Status status = sm90::launch_chunk_state_output(params, workspace, stream); !status.ok())
       return status;
   }

@@ -74,6 +74,41 @@ inline constexpr int64_t kTileRowBytes = 128;
 inline constexpr int64_t kOperandBytes =
     kOperandTiles * kTileRowBytes;  // of a token and value head
 
+// Few chains of chunks would leave most of the device idle, so a long row may be cut into pieces:
+// over a piece the state moves by an affine map, S -> M S + B, which is exact. All but the last
+// piece's M and B are found side by side, the states between pieces are combined, and then all
+// pieces run at once. The choice follows from the shape alone, whatever the device, so that the same
+// call gives the same bits everywhere.
+struct StatePieces {
+  int64_t count = 1;   // in a row
+  int64_t tokens = 0;  // of each but the last, whole chunks
+};
+
+inline StatePieces state_pieces(const ForwardShape& shape) {
+  StatePieces best = {1, shape.T};
+  const int64_t chains = shape.B * shape.HV, chunks = (shape.T + kChunk - 1) / kChunk;
+  if (shape.has_segment_ids || chains <= 0 || chunks == 0) return best;
+  // Microseconds, measured on an H200: a chunk of a half head alone on its multiprocessor, of a
+  // whole head with all of them busy, of both maps, of a combination.
+  constexpr int64_t kProcessors = 132;
+  constexpr double kHalfHead = 1.15, kWholeHead = 2.3, kMap = 2.2, kCombine = 2.5, kLaunches = 10;
+  const auto waves = [](int64_t items) { return (items + kProcessors - 1) / kProcessors; };
+  const double serial = 2 * chains <= kProcessors ? chunks * kHalfHead
+                                                  : chunks * kWholeHead * waves(chains);
+  double least = 0.85 * serial;  // small gains are not worth another order of rounding
+  for (int64_t count = 2; count * chains <= kProcessors; ++count) {
+    const int64_t chunks_each = (chunks + count - 1) / count;
+    if ((count - 1) * chunks_each >= chunks) continue;  // the last would be empty
+    const double cost = chunks_each * (kMap + kWholeHead) +
+                        kCombine * (count - 1) + kLaunches;
+    if (cost < least) least = cost, best = {count, chunks_each * kChunk};
+  }
+  return best;
+}
+
+// [K, V] in fp32.
+inline constexpr int64_t kStateFloats = 128 * 128;
+
 // Byte offsets into the workspace. Token t of value head h of batch row b is operand row (b * HV +
 // h) * T + t.
 struct ForwardWorkspace {
@@ -84,7 +119,9 @@ struct ForwardWorkspace {
   int64_t counts;         // TableCounts             with segment_ids
   int64_t row_segments;   // [B] int32 segments of a row, with segment_ids
   int64_t table_blocks;   // [kMostTableBlocks] TableBlock, with segment_ids
-  int64_t decay_slots;    // a count, not an offset
+  int64_t piece_maps;     // [B, pieces - 1, HV, 2] states: B, later the state behind; and M
+  StatePieces pieces;
+  int64_t decay_slots;  // a count, not an offset
   int64_t bytes;
 };
 
@@ -116,6 +153,9 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
     w.row_segments = layout.take(shape.B * 4);
     w.table_blocks = layout.take(kMostTableBlocks * static_cast<int64_t>(sizeof(TableBlock)));
   }
+  w.pieces = state_pieces(shape);
+  if (w.pieces.count > 1)
+    w.piece_maps = layout.take(shape.B * (w.pieces.count - 1) * shape.HV * 2 * kStateFloats * 4);
   w.bytes = layout.end;
   return w;
 }

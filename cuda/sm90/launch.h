@@ -15,6 +15,7 @@ Status initialize(int device);
 // The limits of one stage, on the current device.
 Status initialize_chunk_prepare();
 Status initialize_chunk_state_output();
+Status initialize_chunk_state_pieces();
 Status initialize_chunk_state_gradient();
 Status initialize_chunk_gradient();
 
@@ -26,6 +27,9 @@ Status launch_unused_states(const ForwardParams& params, const ForwardWorkspace&
                             CUstream_st* stream);
 Status launch_chunk_prepare(const ForwardParams& params, const ForwardWorkspace& workspace,
                             CUstream_st* stream);
+// The states between the pieces of a row, where workspace.pieces says that there are several.
+Status launch_chunk_state_pieces(const ForwardParams& params, const ForwardWorkspace& workspace,
+                                 CUstream_st* stream);
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
 

@@ -18,10 +18,11 @@ struct ChunkHeader {
   int64_t token;     // row * T + first token
   int64_t state;     // (row * N + slot) * HV + head, or -1: no state is read or kept for it
   int64_t boundary;  // image of the state that the scan carries into the chunk, unless it is first
+  int32_t piece;     // of the row, where rows are cut into pieces: else 0
   int32_t head;
   int32_t value_column;  // first of the CTA's columns of V
   int32_t length;        // 1 .. kChunk; 0: there is no more work
-  bool first;            // of its segment, in the order of the scan
+  bool first;            // of its segment or piece, in the order of the scan
   bool last;
 };
 
@@ -45,8 +46,8 @@ struct Config {
   static constexpr int kColumns = 64;                       // of V, of one warpgroup
   static constexpr int kStages = kStages_;                  // as many as fit
   static constexpr int kThreads = 128 * (kValueTiles + 1);  // warpgroup 0 loads, the others compute
-  static constexpr int kLoaderRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kLoaderRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
   static constexpr bool kMoveRegisters =
       kValueTiles > 1;                    // with one consumer everybody can have enough
   static constexpr int kRowThreads = 96;  // of the loading warpgroup: all but its first warp
@@ -75,10 +76,14 @@ struct Config {
   };
 };
 
-// A CTA's share of a scan: items cta, cta + ctas, ..
+// A CTA's share of a scan: of every `ctas` items one, by turns from the front and from the back,
+// since the longest segments come first. Without segments, rows may be cut into pieces of
+// so many tokens, of which the first `pieces` are walked.
 struct Share {
   int64_t cta;
   int64_t ctas;
+  int64_t pieces = 1;
+  int64_t piece_tokens = 0;  // 0: the whole row
 };
 
 // The chunks of a CTA in the order of its work. Both loaders and, through the headers, the
@@ -92,17 +97,27 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
       p.shape.has_segment_ids
           ? clamp_to<int64_t>(reinterpret_cast<const TableCounts*>(workspace + w.counts)->segments,
                               0, p.shape.B * p.shape.T)
-          : p.shape.B;
+          : p.shape.B * share.pieces;
   constexpr int kSplits = Config::kHeadDim / (Config::kValueTiles * Config::kColumns);
-  for (int64_t item = share.cta; item < segments * p.shape.HV * kSplits; item += share.ctas) {
+  const int64_t items = segments * p.shape.HV * kSplits;
+  for (int64_t round = 0;; ++round) {
+    const int64_t item =
+        round * share.ctas + (round % 2 == 0 ? share.cta : share.ctas - 1 - share.cta);
+    if (item >= items) break;
     const int64_t index = item / (p.shape.HV * kSplits), head = item / kSplits % p.shape.HV;
-    const SegmentEntry whole_row = {static_cast<int32_t>(index), 0, static_cast<int32_t>(p.shape.T),
-                                    0};
+    const int64_t row = index / share.pieces, piece = index % share.pieces;
+    const int64_t piece_start = piece * share.piece_tokens;
+    const int64_t tokens = share.piece_tokens > 0 ? share.piece_tokens : p.shape.T;
+    const SegmentEntry cut = {
+        static_cast<int32_t>(row), static_cast<int32_t>(piece_start),
+        static_cast<int32_t>(tokens < p.shape.T - piece_start ? tokens : p.shape.T - piece_start),
+        0};
     const Segment segment =
-        segment_from_entry(p.shape, p.shape.has_segment_ids ? entries[index] : whole_row);
+        segment_from_entry(p.shape, p.shape.has_segment_ids ? entries[index] : cut);
     ChunkHeader header;
     header.state =
         segment.slot < 0 ? -1 : (segment.row * p.shape.N + segment.slot) * p.shape.HV + head;
+    header.piece = static_cast<int32_t>(piece);
     header.head = static_cast<int32_t>(head);
     header.value_column =
         static_cast<int32_t>(item % kSplits) * Config::kColumns * Config::kValueTiles;
@@ -316,22 +331,23 @@ __device__ __forceinline__ void product_transposed(float (&c)[64], const uint32_
 // + lane / 4 + 8 h, channel 8 j + 2 (lane % 4) + e.
 using State = float[64];
 
-// states [B, N, HV, K, V]. No slot, or null: zero.
-__device__ __forceinline__ int64_t state_at(const ChunkHeader& header, const Place& at, int h) {
+// Number `index` of states [.., K, V]. None: zero.
+__device__ __forceinline__ int64_t state_at(int64_t index, const ChunkHeader& header,
+                                            const Place& at, int h) {
   const int column = header.value_column + 64 * at.tile + 16 * at.warp + (at.lane >> 2) + 8 * h;
-  return (header.state * 128 + 2 * (at.lane & 3)) * 128 + column;
+  return (index * 128 + 2 * (at.lane & 3)) * 128 + column;
 }
 
-__device__ __forceinline__ void load_state(State& state, const float* states,
+__device__ __forceinline__ void load_state(State& state, const float* states, int64_t index,
                                            const ChunkHeader& header, const Place& at) {
-  if (states == nullptr || header.state < 0) {
+  if (states == nullptr || index < 0) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) state[i] = 0.0f;
     return;
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float* from = states + state_at(header, at, h);
+    const float* from = states + state_at(index, header, at, h);
 #pragma unroll
     for (int j = 0; j < 16; ++j)
 #pragma unroll
@@ -339,12 +355,12 @@ __device__ __forceinline__ void load_state(State& state, const float* states,
   }
 }
 
-__device__ __forceinline__ void store_state(const State& state, float* states,
+__device__ __forceinline__ void store_state(const State& state, float* states, int64_t index,
                                             const ChunkHeader& header, const Place& at) {
-  if (states == nullptr || header.state < 0) return;
+  if (states == nullptr || index < 0) return;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float* to = states + state_at(header, at, h);
+    float* to = states + state_at(index, header, at, h);
 #pragma unroll
     for (int j = 0; j < 16; ++j)
 #pragma unroll

@@ -246,6 +246,16 @@ inline std::vector<Case> cases(bool quick) {
                                raw_shape(gate, 1, 2048, 8, 8), {Regime::kRandom, gates}));
   list.push_back(
       make_case("T 1000, 80 heads: whole heads", raw_shape(G::kSoftplus, 1, 1000, 80, 80)));
+  for (auto keys : {Regime::kRandom, Regime::kNear}) {
+    Case c = make_case(std::string("in pieces, ") +
+                           (keys == Regime::kRandom ? "random keys" : "near-identical keys"),
+                       raw_shape(G::kSoftplus, 1, 4133, 1, 2), {keys, Regime::kSlow});
+    if (keys == Regime::kNear) c.limit = c.gradient_limit = c.gate_limit = 0.06;
+    add_initial_state(c);
+    list.push_back(c);
+  }
+  list.push_back(make_case("in pieces, B 2, fast", raw_shape(G::kBounded, 2, 6400, 1, 1),
+                           {Regime::kRandom, Regime::kFast}));
   list.push_back(make_case("B 5, GVA 8 / 16", raw_shape(G::kSoftplus, 5, 333, 8, 16)));
   return list;
 }

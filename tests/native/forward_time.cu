@@ -26,13 +26,17 @@ void time_shape(const Shape& s, Gate gate, bool fast) {
         [&](int i) { require(sm90::launch_segment_table(aligned(i), workspace, nullptr)); });
   const double prepare = median_ms(
       [&](int i) { require(sm90::launch_chunk_prepare(aligned(i), workspace, nullptr)); });
+  const bool in_pieces = workspace.pieces.count > 1;
+  const double pieces = !in_pieces ? 0 : median_ms([&](int i) {
+    require(sm90::launch_chunk_state_pieces(aligned(i), workspace, nullptr));
+  });
   const double state = median_ms(
       [&](int i) { require(sm90::launch_chunk_state_output(aligned(i), workspace, nullptr)); });
   const double floor = 5.0 * s.B * s.T * s.HV * 256 / 4.3e9;
   std::printf(
-      "%-14s %-8s %-4s  all %7.3f ms  table %6.3f  prepare %7.3f  state %7.3f  floor %.3f\n",
+      "%-14s %-8s %-4s  all %7.3f ms  table %6.3f  prepare %7.3f  pieces %7.3f  state %7.3f  floor %.3f\n",
       s.name, gate == Gate::kSoftplus ? "softplus" : "bounded", fast ? "fast" : "slow", whole,
-      table, prepare, state, floor);
+      table, prepare, pieces, state, floor);
   std::fflush(stdout);
 }
 

@@ -69,12 +69,11 @@ struct Config {
     };
     uint8_t q[kBlocks][kTileBytes], k[kBlocks][kTileBytes], g[kBlocks][kTileBytes];  // as they come
     References references;
-    alignas(16) float q_norm[kChunk];
-    alignas(16) float k_norm[kChunk];
+    alignas(16) float norms[kChunk][2];  // what q and k of a token are multiplied by
     alignas(16) float beta[kChunk];
-    alignas(16) float gate_offset[kHeadDim];
-    float gate_slope, gate_amplitude;
-    Item items[2];    // this one and the next, in turns
+    alignas(16) float dt_bias[kHeadDim];
+    float A_log;
+    Item item, next_item;
     Walk walk;
   };
 };

@@ -3,6 +3,7 @@
 // what the state takes of it at the chunk's end.
 #pragma once
 
+#include "chunk/gate.cuh"
 #include "chunk/l2norm.cuh"
 #include "sm90/chunk_prepare/inputs.cuh"
 
@@ -25,12 +26,14 @@ template <DType kGateType>
 __device__ __forceinline__ void cumulate_decay(DecayRows& g, const Config::Shared& s,
                                                const ForwardParams& p, const Item& item,
                                                const Strip& strip) {
-  const float4 offset = *reinterpret_cast<const float4*>(&s.gate_offset[strip.channel]);
-  const float slope = s.gate_slope, amplitude = s.gate_amplitude;
-  const GateCoefficients c[Config::kChannels] = {{slope, offset.x, amplitude},
-                                                 {slope, offset.y, amplitude},
-                                                 {slope, offset.z, amplitude},
-                                                 {slope, offset.w, amplitude}};
+  const float4 dt_bias = *reinterpret_cast<const float4*>(&s.dt_bias[strip.channel]);
+  const GateCoefficients without_bias =
+      gate_coefficients(p.gate, exp2_fast(s.A_log * kLog2E), 0.0f, p.gate_lower_bound);
+  const float slope = without_bias.slope, amplitude = without_bias.amplitude;
+  const GateCoefficients c[Config::kChannels] = {{slope, slope * dt_bias.x, amplitude},
+                                                 {slope, slope * dt_bias.y, amplitude},
+                                                 {slope, slope * dt_bias.z, amplitude},
+                                                 {slope, slope * dt_bias.w, amplitude}};
 #pragma unroll
   for (int r = 0; r < Config::kStrip; ++r) {
     if constexpr (kGateType == DType::kBF16) {
@@ -64,20 +67,27 @@ __device__ __forceinline__ void cumulate_decay(DecayRows& g, const Config::Share
     for (int e = 0; e < Config::kChannels; ++e) g[r][e] += g[r - 1][e];
 }
 
-// The norms' factors of 16 tokens, a warp: sums of squares are the diagonal of x x^T.
-__device__ __forceinline__ void find_norms(float* norms, uint32_t tile, int lane) {
+// The norms' factors of 16 tokens of q (which: 0) or k (1), a warp: sums of squares are the diagonal
+// of x x^T.
+__device__ __forceinline__ void find_norms(float (*norms)[2], int which, uint32_t tile, int lane) {
   float first[4] = {}, second[4] = {};  // rows 0 .. 7 and 8 .. 15 of the columns
-#pragma unroll
-  for (int step = 0; step < 8; ++step) {
-    uint32_t x[4];
-    load_matrices(x, tile + tile_offset(lane & 15, 2 * step + (lane >> 4)));
+  const uint32_t at = tile + matrices_place(lane);
+  auto multiply = [&](const uint32_t (&x)[4]) {
     mma_bf16(first, x, x[0], x[2]);
     mma_bf16(second, x, x[1], x[3]);
+  };
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    uint32_t x[4];
+    load_matrices(x, at ^ step_bits(step));
+    multiply(x);
+    load_matrices<kHalfRow>(x, at ^ step_bits(step));
+    multiply(x);
   }
   const int row = lane >> 2;
   if ((lane & 3) != row >> 1) return;  // the lane holds nothing of the diagonal
-  norms[row] = l2norm_factor(row & 1 ? first[1] : first[0]);
-  norms[row + 8] = l2norm_factor(row & 1 ? second[3] : second[2]);
+  norms[row][which] = l2norm_factor(row & 1 ? first[1] : first[0]);
+  norms[row + 8][which] = l2norm_factor(row & 1 ? second[3] : second[2]);
 }
 
 // 2^exponent of a whole number <= 0; zero below the smallest normal number.
@@ -94,6 +104,8 @@ __device__ __forceinline__ uint16_t power_bf16(float exponent) {
 // the other references.
 __device__ __forceinline__ float find_references(Config::References& ref, int channel) {
   constexpr float kSmallest = -126.0f, kNegligible = -24.0f;  // powers of two
+  // Where the lanes of a product look for it: channels c, c + 1, c + 8, c + 9 of a step of 16.
+  const int place = (channel & ~15) + 4 * (channel % 8 / 2) + 2 * (channel / 8 % 2) + channel % 2;
   float row[Config::kBlocks], column[Config::kBlocks], end[Config::kBlocks], start = 0.0f;
 #pragma unroll
   for (int b = 0; b < Config::kBlocks; ++b) {
@@ -115,6 +127,10 @@ __device__ __forceinline__ float find_references(Config::References& ref, int ch
       ref.too_far[b] = true;
     }
     ref.column_offset[b][channel] = static_cast<int16_t>(column[b] - row[b]);
+    ref.before[b][channel] = power_bf16(row[b]);
+#pragma unroll
+    for (int earlier = 0; earlier < b; ++earlier)
+      ref.between[Config::pair(b, earlier)][place] = power_bf16(row[b] - column[earlier]);
     float offset = start - row[b];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -123,16 +139,8 @@ __device__ __forceinline__ float find_references(Config::References& ref, int ch
     }
     start = end[b];
   }
-  // Where the lanes of a product look for it: channels c, c + 1, c + 8, c + 9 of a step of 16.
-  const int place = (channel & ~15) + 4 * (channel % 8 / 2) + 2 * (channel / 8 % 2) + channel % 2;
 #pragma unroll
-  for (int b = 0; b < Config::kBlocks; ++b) {
-    ref.end_offset[b][channel] = start - row[b];
-    ref.before[b][channel] = power_bf16(row[b]);
-#pragma unroll
-    for (int earlier = 0; earlier < b; ++earlier)
-      ref.between[Config::pair(b, earlier)][place] = power_bf16(row[b] - column[earlier]);
-  }
+  for (int b = 0; b < Config::kBlocks; ++b) ref.end_offset[b][channel] = start - row[b];
   return start;
 }
 
@@ -168,11 +176,9 @@ __device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operan
     const float4 x = *reinterpret_cast<const float4*>(from);
     to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
   };
-  float row_offset[4], end_offset[4], q_norms[4], k_norms[4];
+  float row_offset[4], end_offset[4];
   load4(row_offset, &ref.strip_offset[strip.warp][strip.channel]);
   load4(end_offset, &ref.end_offset[block][strip.channel]);
-  load4(q_norms, &s.q_norm[row]);
-  load4(k_norms, &s.k_norm[row]);
   const short4 column = *reinterpret_cast<const short4*>(&ref.column_offset[block][strip.channel]);
   const float column_offset[4] = {static_cast<float>(column.x), static_cast<float>(column.y),
                                   static_cast<float>(column.z), static_cast<float>(column.w)};
@@ -188,14 +194,15 @@ __device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operan
     float q[4], k[4], row_decay[4], column_decay[4], end_decay[4];
     unpack(q, staged_row(s.q, strip, r));
     unpack(k, staged_row(s.k, strip, r));
+    const float2 norm = *reinterpret_cast<const float2*>(s.norms[row + r]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float exponent = row_offset[e] + g[r][e];
       row_decay[e] = exp2_fast(exponent);
       column_decay[e] = exp2_fast(column_offset[e] - exponent);
       end_decay[e] = exp2_fast(end_offset[e] - exponent);
-      q[e] *= q_norms[r];
-      k[e] *= k_norms[r];
+      q[e] *= norm.x;
+      k[e] *= norm.y;
     }
     const uint2 row_q = pack4(q, row_decay), row_k = pack4(k, row_decay);
     const uint32_t at = factors + strip.tile_place(r);

@@ -1,7 +1,6 @@
 // The chunks of a CTA, and what it reads for one.
 #pragma once
 
-#include "chunk/gate.cuh"
 #include "core/ptx.cuh"
 #include "problem/numerics.cuh"
 #include "problem/segments.cuh"
@@ -27,7 +26,8 @@ struct Strip {
   }
 };
 
-// Rows of q, k and g of a chunk to shared memory, in the background; zeros behind its end.
+// Rows of q, k and g of a chunk to shared memory, in the background; zeros behind its end. And the
+// gate's parameters, where there are any.
 template <DType kGateType>
 __device__ __forceinline__ void stage_inputs(Config::Shared& s, const ForwardParams& p,
                                              const Item& item) {
@@ -50,6 +50,10 @@ __device__ __forceinline__ void stage_inputs(Config::Shared& s, const ForwardPar
     stage(s.k, p.k, qk_row);
     stage(s.q, p.q, qk_row);
   }
+  if (thread < Config::kHeadDim / 4 && p.dt_bias != nullptr)
+    async_load_16(&s.dt_bias[4 * thread],
+                  p.dt_bias + int64_t{item.gate_row} * Config::kHeadDim + 4 * thread, true);
+  if (thread == 32 && p.A_log != nullptr) async_load_4(&s.A_log, p.A_log + item.gate_row);
 }
 
 // A lane's four channels of a staged row.
@@ -64,44 +68,17 @@ __device__ __forceinline__ uint2 staged_row(const uint8_t (&tiles)[Config::kBloc
   return *reinterpret_cast<const uint2*>(&tiles[strip.block()][strip.tile_place(r)]);
 }
 
-// The scalars of an item, on their way while the last one is finished. Threads 0 .. 127: dt_bias of
-// a channel, and A_log; 128 .. 191: beta of a token.
-struct Scalars {
-  uint32_t dt_bias_or_beta = 0;
-  uint32_t A_log = 0;
-};
-__device__ __forceinline__ Scalars load_scalars(const ForwardParams& p, const Item& item) {
-  const int thread = thread_index(), token = thread - Config::kHeadDim;
-  Scalars scalars;
-  if (token < 0) {
-    if (p.dt_bias != nullptr)
-      scalars.dt_bias_or_beta = load_early(reinterpret_cast<const uint32_t*>(p.dt_bias) +
-                                           int64_t{item.gate_row} * Config::kHeadDim + thread);
-    if (p.A_log != nullptr)
-      scalars.A_log = load_early(reinterpret_cast<const uint32_t*>(p.A_log) + item.gate_row);
-  } else if (token < kChunk && token < item.length) {
-    const int64_t at = item.value_row + token * p.shape.HV;
-    scalars.dt_bias_or_beta = p.beta_dtype == DType::kBF16
-                                  ? load_early(static_cast<const uint16_t*>(p.beta) + at)
-                                  : load_early(static_cast<const uint32_t*>(p.beta) + at);
-  }
-  return scalars;
+// beta of the chunk's tokens, one for each of 64 threads: on its way during other work, then in
+// shared memory.
+__device__ __forceinline__ uint32_t load_beta(const ForwardParams& p, const Item& item, int token) {
+  if (token < 0 || token >= item.length) return 0;
+  const int64_t at = item.value_row + token * p.shape.HV;
+  return p.beta_dtype == DType::kBF16 ? load_early(static_cast<const uint16_t*>(p.beta) + at)
+                                      : load_early(static_cast<const uint32_t*>(p.beta) + at);
 }
-__device__ __forceinline__ void publish_gate(Config::Shared& s, const Scalars& scalars,
-                                             const ForwardParams& p) {
-  const uint32_t channel = thread_index();
-  if (channel >= Config::kHeadDim) return;
-  const GateCoefficients c =
-      gate_coefficients(p.gate, expf(__uint_as_float(scalars.A_log)),
-                        __uint_as_float(scalars.dt_bias_or_beta), p.gate_lower_bound);
-  s.gate_offset[channel] = c.offset;
-  if (channel == 0) s.gate_slope = c.slope, s.gate_amplitude = c.amplitude;
-}
-__device__ __forceinline__ void publish_beta(Config::Shared& s, const Scalars& scalars,
-                                             const ForwardParams& p, int length) {
-  const int token = static_cast<int>(thread_index()) - Config::kHeadDim;
+__device__ __forceinline__ void publish_beta(Config::Shared& s, uint32_t word,
+                                             const ForwardParams& p, int length, int token) {
   if (token < 0 || token >= kChunk) return;
-  const uint32_t word = scalars.dt_bias_or_beta;
   const float raw = __uint_as_float(p.beta_dtype == DType::kBF16 ? word << 16 : word);
   const float beta = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
   s.beta[token] = token < length ? p.nonzero_beta ? nonzero_beta(beta) : beta : 0.0f;
@@ -144,7 +121,7 @@ __device__ __forceinline__ void clear_output(const ForwardParams& p, const Item&
 }
 
 // The next item that is not padding; the output of padding, if any, is cleared on the way.
-__device__ __forceinline__ Item next_item(Config::Walk& shared_walk, const ForwardParams& p,
+__device__ __forceinline__ Item find_item(Config::Walk& shared_walk, const ForwardParams& p,
                                           const ForwardWorkspace& w, int lane) {
   const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
   Config::Walk walk = shared_walk;

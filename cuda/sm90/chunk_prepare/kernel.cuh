@@ -21,15 +21,26 @@
 
 namespace jax_flashkda::chunk_prepare {
 
-// The inverse of I + A_kk, over the matrix's own blocks.
-__device__ __forceinline__ void invert(Config::Matrices& m) {
+// The inverse of I + A_kk, and both matrices to memory: while eight warps find the inverse's lower
+// left quarter, the others write the rest.
+__device__ __forceinline__ void invert_and_write(Config::Shared& s, uint8_t* operands, int length) {
+  constexpr uint32_t kMergeBarrier = 1;
+  Config::Matrices& m = s.matrices;
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   __syncthreads();  // A_kk complete, before the substitution reads it
   if (warp < Config::kBlocks && lane < kBlock)
     invert_diagonal_block(m.A_kk, m.A_kk_inv, warp, lane);
-  __syncthreads();  // diagonal blocks of the inverse, before the merges
-  merge_blocks(m.A_kk, m.A_kk_inv, warp, lane);
-  __syncthreads();  // the whole inverse, before it is written out
+  __syncthreads();  // diagonal blocks of the inverse, before the merges; the item has been read
+  if (thread_index() == 0) s.item = s.next_item;
+  if (warp < 4) merge_to_32(m.A_kk, m.A_kk_inv, warp, lane);
+  __syncthreads();  // the 8-column halves of a block come from two warps
+  if (warp < 8) {
+    float tile[4] = {};
+    merge_to_64(tile, m.A_kk, m.A_kk_inv, warp, lane, kMergeBarrier);
+    write_tile(s, tile, operands, length, warp, lane);
+  } else {
+    write_matrices(s, operands, length, thread_index() - 8 * 32);
+  }
 }
 
 __device__ __forceinline__ uint8_t* operands_of(const ForwardParams& p, const ForwardWorkspace& w,
@@ -37,76 +48,79 @@ __device__ __forceinline__ uint8_t* operands_of(const ForwardParams& p, const Fo
   return static_cast<uint8_t*>(p.workspace) + w.operands + item.operand_row * kOperandBytes;
 }
 
+// The running sums of the decays of a warp's strip; its whole decay and beta to shared memory.
+template <DType kGateType>
+__device__ __forceinline__ void publish_decay(DecayRows& g, Config::Shared& s,
+                                              const ForwardParams& p, const Item& item) {
+  const Strip strip(item.length);
+  const int beta_token = static_cast<int>(thread_index()) - 128;  // warps 4 and 5
+  const uint32_t beta = load_beta(p, item, beta_token);
+  cumulate_decay<kGateType>(g, s, p, item, strip);
+  const float (&decay)[Config::kChannels] = g[Config::kStrip - 1];
+  *reinterpret_cast<float4*>(&s.references.strip_offset[strip.warp][strip.channel]) =
+      make_float4(decay[0], decay[1], decay[2], decay[3]);
+  publish_beta(s, beta, p, item.length, beta_token);
+}
+
 template <DType kGateType>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     chunk_prepare_kernel(const __grid_constant__ ForwardParams p,
                          const __grid_constant__ ForwardWorkspace w) {
-  extern __shared__ uint8_t shared_bytes[];
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Config::Shared& s = *reinterpret_cast<Config::Shared*>(shared_bytes);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int kWalker = 7;  // the warp that looks for the next item
-  if (warp == kWalker) {
+  if (threadIdx.x / 32 == kWalker) {
+    const int lane = threadIdx.x % 32;
     if (lane == 0) start_walk(s.walk, p, w);
     __syncwarp();  // the walk's start, before the other lanes read it
-    const Item first = next_item(s.walk, p, w, lane);
-    if (lane == 0) s.items[0] = first;
+    const Item first = find_item(s.walk, p, w, lane);
+    if (lane == 0) s.item = first;
   }
   __syncthreads();  // the first item is there
-  Scalars scalars;
-  auto prefetch = [&](const Item& item) {
-    if (item.length == 0) return;
-    stage_inputs<kGateType>(s, p, item);
-    scalars = load_scalars(p, item);
-  };
-  prefetch(s.items[0]);
-  publish_gate(s, scalars, p);
-  if (threadIdx.x < kChunk) s.q_norm[threadIdx.x] = s.k_norm[threadIdx.x] = 1.0f;
-  for (int turn = 0; s.items[turn].length > 0; turn ^= 1) {
-    const Item& item = s.items[turn];
+  if (threadIdx.x < 2 * kChunk) s.norms[threadIdx.x / 2][threadIdx.x % 2] = 1.0f;
+  if (threadIdx.x < Config::kHeadDim) s.dt_bias[threadIdx.x] = 0.0f;
+  if (threadIdx.x == 0) s.A_log = 0.0f;
+  __syncthreads();  // what stays as it is where there are no norms, bias or A_log: before the copies
+  const Item& item = s.item;
+  if (item.length > 0) stage_inputs<kGateType>(s, p, item);
+  while (true) {
     if (threadIdx.x < Config::kBlocks) s.references.too_far[threadIdx.x] = false;
     wait_for_async_loads();
-    __syncthreads();  // inputs and scalars are there, and the last item has been written out
-    publish_beta(s, scalars, p, item.length);
-    const Strip strip(item.length);
+    __syncthreads();  // the item and its inputs are there, and the last one has been written out
+    if (item.length == 0) break;
     DecayRows g;
-    cumulate_decay<kGateType>(g, s, p, item, strip);
-    const float (&strip_decay)[Config::kChannels] = g[Config::kStrip - 1];
-    *reinterpret_cast<float4*>(&s.references.strip_offset[warp][strip.channel]) =
-        make_float4(strip_decay[0], strip_decay[1], strip_decay[2], strip_decay[3]);
+    publish_decay<kGateType>(g, s, p, item);
     __syncthreads();  // all strips' decays, before they are summed
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
     if (warp < 4) {
-      const float decay = find_references(s.references, threadIdx.x);
+      const int channel = thread_index();
+      const float decay = find_references(s.references, channel);
       if (item.decay_row >= 0)
         reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) +
-                                 w.chunk_decay)[item.decay_row * Config::kHeadDim + threadIdx.x] =
+                                 w.chunk_decay)[item.decay_row * Config::kHeadDim + channel] =
             exp2_fast(decay);
     } else if (warp == kWalker) {
-      const Item next = next_item(s.walk, p, w, lane);
-      if (lane == 0) s.items[turn ^ 1] = next;
+      const Item next = find_item(s.walk, p, w, lane);
+      if (lane == 0) s.next_item = next;
     } else if (warp >= 8 && p.qk_l2norm) {
-      const int block = warp % 4;
-      if (warp < 12) {
-        find_norms(s.q_norm + kBlock * block, shared_address(s.q[block]), lane);
-      } else {
-        find_norms(s.k_norm + kBlock * block, shared_address(s.k[block]), lane);
-      }
+      const int block = warp % 4, which = warp < 12 ? 0 : 1;
+      find_norms(s.norms + kBlock * block, which, shared_address(which ? s.k[block] : s.q[block]),
+                 lane);
     }
     __syncthreads();  // points of reference and norms, before the factors
 
-    write_factors(s, operands_of(p, w, item), item.length, g, strip);
+    write_factors(s, operands_of(p, w, item), item.length, g, Strip(item.length));
     __syncthreads();  // all factors, before their readers
-    Scores scores = multiply_factors(s, strip);
+    Scores scores = multiply_factors(s, Strip(item.length));
     const int32_t* too_far = s.references.too_far;
     if (too_far[0] || too_far[1] || too_far[2] || too_far[3])
       pairwise_diagonal<kGateType>(scores.block, s, p, item);
     __syncthreads();  // factors and inputs have been read: the matrices and the next item's inputs
                       // take their place
-    prefetch(s.items[turn ^ 1]);
-    clear_upper_blocks(s.matrices, strip);
-    store_scores(s, scores, strip);
-    invert(s.matrices);
-    write_matrices(s, operands_of(p, w, item), item.length);
-    publish_gate(s, scalars, p);
+    if (s.next_item.length > 0) stage_inputs<kGateType>(s, p, s.next_item);
+    clear_upper_blocks(s.matrices, Strip(item.length));
+    store_scores(s, scores, Strip(item.length));
+    invert_and_write(s, operands_of(p, w, item), item.length);
   }
 }
 

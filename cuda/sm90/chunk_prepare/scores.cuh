@@ -17,7 +17,7 @@ __device__ __forceinline__ uint32_t factor_tile(const Config::Shared& s, int blo
 struct Scores {
   float block[2][4];  // warp < 8: block (warp / 2, warp / 2); of q for even warps. Else block
                       // (2 + warp / 2 % 2, warp % 2); of q for warps 8 .. 11
-  float half[4];      // warp < 8: half warp % 2 of block (1, 0) for warps 0 .. 3, of (3, 2) for
+  float half[1][4];   // warp < 8: half warp % 2 of block (1, 0) for warps 0 .. 3, of (3, 2) for
                       // 4 .. 7; of q where warp / 2 is even
 };
 struct BlockPlace {
@@ -43,12 +43,13 @@ __device__ __forceinline__ Scores multiply_factors(const Config::Shared& s, cons
   const uint32_t rows = tile(place.row, place.of_q ? Config::kRowQ : Config::kRowK),
                  columns = tile(place.column, Config::kColumnK);
   if (w < 8) {
-    if (!s.references.too_far[place.row]) score_block(scores.block, rows, columns, strip.lane);
+    if (!s.references.too_far[place.row]) 
+      score_block<false>(scores.block, rows, columns, nullptr, strip.lane);
     const BlockPlace half = half_place(w);
-    score_scaled_half_block(scores.half, tile(half.row, half.of_q ? Config::kRowQ : Config::kRowK),
+    score_scaled_half_block(scores.half[0], tile(half.row, half.of_q ? Config::kRowQ : Config::kRowK),
                             tile(half.column, Config::kColumnK), w & 1, powers(half), strip.lane);
   } else {
-    score_scaled_block(scores.block, rows, columns, powers(place), strip.lane);
+    score_block<true>(scores.block, rows, columns, powers(place), strip.lane);
   }
   return scores;
 }
@@ -73,7 +74,7 @@ __device__ __forceinline__ void pairwise_diagonal(float (&acc)[2][4], Config::Sh
         float q[4], k[4];
         unpack(q, staged_row(s.q, strip, r));
         unpack(k, staged_row(s.k, strip, r));
-        const float a = s.q_norm[strip.row(r)], b = s.k_norm[strip.row(r)];
+        const float a = s.norms[strip.row(r)][0], b = s.norms[strip.row(r)][1];
         if ((strip.lane >> 4) != half) continue;
         const int to = pairwise_at(strip.row(r) % kBlock, 4 * (strip.lane & 15));
         *reinterpret_cast<float4*>(scratch.q + to) =
@@ -94,74 +95,103 @@ __device__ __forceinline__ void pairwise_diagonal(float (&acc)[2][4], Config::Sh
   }
 }
 
-// Eight columns of a block to the matrix it belongs to: zero above the diagonal (select: factors
-// may be infinite there).
-template <bool kDiagonal>
-__device__ __forceinline__ void store_columns(Config::Shared& s, const BlockPlace& at, int eighth,
-                                              const float (&c)[4], int lane) {
-  const int row = lane >> 2, column = 8 * eighth + 2 * (lane & 3);  // in the block
-  const int i = kBlock * at.row + row, j = kBlock * at.column + column;
+// Columns of a block to the matrix it belongs to: zero above the diagonal (select: factors may be
+// infinite there). kFirst .. kFirst + kCount - 1: which eighths of them acc has.
+template <bool kDiagonal, int kCount>
+__device__ __forceinline__ void store_columns(Config::Shared& s, const BlockPlace& place,
+                                              int first_eighth, const float (&acc)[kCount][4],
+                                              int lane) {
+  const int row = lane >> 2, column = 2 * (lane & 3) + 8 * first_eighth;  // in the block
+  const int i = kBlock * place.row + row, j = kBlock * place.column + column;
+  if (place.of_q) {
+    const uint32_t at = shared_address(s.matrices.A_qk) + swizzle128(i, j >> 3) + 4 * (lane & 3);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float x = c[2 * h], y = c[2 * h + 1];
-    if (at.of_q) {
-      if (kDiagonal) x = row + 8 * h >= column ? x : 0.0f, y = row + 8 * h > column ? y : 0.0f;
-      *reinterpret_cast<uint32_t*>(s.matrices.A_qk + swizzle128(i, j >> 3) + 2 * (j & 7) +
-                                   8 * h * kTileRowBytes) = pack_bf16(x, y);
-    } else {
-      const float beta = s.beta[i + 8 * h];
-      x *= beta, y *= beta;
-      if (kDiagonal) x = row + 8 * h > column ? x : 0.0f, y = row + 8 * h > column + 1 ? y : 0.0f;
-      *reinterpret_cast<float2*>(s.matrices.A_kk + matrix_at(i + 8 * h, j)) = make_float2(x, y);
-    }
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int above = row + 8 * h - column - 8 * n;  // the diagonal, if negative
+        const float x = !kDiagonal || above >= 0 ? acc[n][2 * h] : 0.0f,
+                    y = !kDiagonal || above >= 1 ? acc[n][2 * h + 1] : 0.0f;
+        const uint32_t to = (at ^ (n << 4)) + 8 * h * kTileRowBytes;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack_bf16(x, y)) : "memory");
+      }
+  } else {
+    float* at = s.matrices.A_kk + matrix_at(i, j);
+    const float beta[2] = {s.beta[i], s.beta[i + 8]};
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int above = row + 8 * h - column - 8 * n;
+        const float x = !kDiagonal || above >= 1 ? beta[h] * acc[n][2 * h] : 0.0f,
+                    y = !kDiagonal || above >= 2 ? beta[h] * acc[n][2 * h + 1] : 0.0f;
+        *reinterpret_cast<float2*>(at + matrix_at(8 * h, 8 * n)) = make_float2(x, y);
+      }
   }
 }
 
 __device__ __forceinline__ void store_scores(Config::Shared& s, const Scores& scores,
                                              const Strip& strip) {
   const BlockPlace place = block_place(strip.warp);
-#pragma unroll
-  for (int eighth = 0; eighth < 2; ++eighth) {
-    if (strip.warp < 8) {
-      store_columns<true>(s, place, eighth, scores.block[eighth], strip.lane);
-    } else {
-      store_columns<false>(s, place, eighth, scores.block[eighth], strip.lane);
-    }
-  }
-  if (strip.warp < 8)
-    store_columns<false>(s, half_place(strip.warp), strip.warp & 1, scores.half, strip.lane);
+  if (strip.warp >= 8) return store_columns<false>(s, place, 0, scores.block, strip.lane);
+  store_columns<true>(s, place, 0, scores.block, strip.lane);
+  store_columns<false>(s, half_place(strip.warp), strip.warp & 1, scores.half, strip.lane);
 }
 
-// Above the diagonal blocks nothing is computed, and zeros are read.
+// What the merges read above the diagonal blocks, where nothing is computed: (0, 1) and (2, 3).
 __device__ __forceinline__ void clear_upper_blocks(Config::Matrices& m, const Strip& strip) {
   const int which = strip.warp - 8;  // warps without half a block to store
-  if (which < 0 || which >= 6) return;
-  const int row = which < 3 ? 0 : which < 5 ? 1 : 2, column = which < 3 ? which + 1 : which < 5 ? which - 1 : 3;
-  const int i = kBlock * row + (strip.lane >> 1), piece = 2 * column + (strip.lane & 1);
-  *reinterpret_cast<uint4*>(m.A_qk + swizzle128(i, piece)) = make_uint4(0, 0, 0, 0);
-  float4* X = reinterpret_cast<float4*>(m.A_kk_inv + matrix_at(i, 8 * piece));
+  if (which < 0 || which >= 2) return;
+  float4* X = reinterpret_cast<float4*>(
+      m.A_kk_inv + matrix_at(32 * which + (strip.lane >> 1), 32 * which + 16 + 8 * (strip.lane & 1)));
   X[0] = X[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// A_qk and (I + A_kk)^-1 Diag(beta) to memory, the tokens that exist.
+// A_qk and (I + A_kk)^-1 Diag(beta) to memory, the tokens that exist, but for the inverse's lower
+// left quarter. Zero above the diagonal blocks. Eight warps: thread 0 .. 255.
 __device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t* operands,
-                                               int length) {
+                                               int length, int thread) {
   uint8_t* A_kk_inv = operands + kTileAkkInv * length * kTileRowBytes;
   uint8_t* A_qk = operands + kTileAqk * length * kTileRowBytes;
-  const int at = thread_index(), row = at >> 3, piece = at & 7;
-  static_assert(Config::kThreads == kChunk * 8);
-  if (row >= length) return;
-  const float4* X =
-      reinterpret_cast<const float4*>(s.matrices.A_kk_inv + matrix_at(row, 8 * piece));
-  const float4* beta = reinterpret_cast<const float4*>(s.beta + 8 * piece);
+  const int piece = thread & 7;
   const bool swap = piece & 4;  // half of the lanes read the second four columns first: other banks
-  const float4 xa = X[swap], xb = X[!swap], ba = beta[swap], bb = beta[!swap];
-  const float4 x0 = swap ? xb : xa, x1 = swap ? xa : xb, b0 = swap ? bb : ba, b1 = swap ? ba : bb;
-  *reinterpret_cast<uint4*>(A_kk_inv + swizzle128(row, piece)) =
-      make_uint4(pack_bf16(x0.x * b0.x, x0.y * b0.y), pack_bf16(x0.z * b0.z, x0.w * b0.w),
-                 pack_bf16(x1.x * b1.x, x1.y * b1.y), pack_bf16(x1.z * b1.z, x1.w * b1.w));
-  *reinterpret_cast<uint4*>(A_qk + 16 * at) =
-      *reinterpret_cast<const uint4*>(s.matrices.A_qk + 16 * at);
+  const float4* beta = reinterpret_cast<const float4*>(s.beta + 8 * piece);
+  const float4 ba = beta[swap], bb = beta[!swap];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = (thread >> 3) + 32 * half;
+    if (row >= length) continue;
+    const bool above = piece >> 1 > row / kBlock;
+    const int to = swizzle128(row, piece);
+    uint4 scores = make_uint4(0, 0, 0, 0), inverse = scores;
+    if (!above) scores = *reinterpret_cast<const uint4*>(s.matrices.A_qk + to);
+    *reinterpret_cast<uint4*>(A_qk + to) = scores;
+    if (half == 1 && piece < 4) continue;  // the lower left quarter
+    if (!above) {
+      const float4* X =
+          reinterpret_cast<const float4*>(s.matrices.A_kk_inv + matrix_at(row, 8 * piece));
+      const float4 xa = X[swap], xb = X[!swap];
+      const uint2 a = make_uint2(pack_bf16(xa.x * ba.x, xa.y * ba.y),
+                                 pack_bf16(xa.z * ba.z, xa.w * ba.w)),
+                  b = make_uint2(pack_bf16(xb.x * bb.x, xb.y * bb.y),
+                                 pack_bf16(xb.z * bb.z, xb.w * bb.w));
+      inverse = swap ? make_uint4(b.x, b.y, a.x, a.y) : make_uint4(a.x, a.y, b.x, b.y);
+    }
+    *reinterpret_cast<uint4*>(A_kk_inv + to) = inverse;
+  }
+}
+
+// A tile of merge_to_64 to memory.
+__device__ __forceinline__ void write_tile(const Config::Shared& s, const float (&tile)[4],
+                                           uint8_t* operands, int length, int warp, int lane) {
+  uint8_t* A_kk_inv = operands + kTileAkkInv * length * kTileRowBytes;
+  const int row = 32 + 16 * (warp >> 2) + (lane >> 2), piece = warp & 3, column = 2 * (lane & 3);
+  const float2 beta = *reinterpret_cast<const float2*>(&s.beta[8 * piece + column]);
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    if (row + 8 * h < length)
+      *reinterpret_cast<uint32_t*>(A_kk_inv + swizzle128(row + 8 * h, piece) + 2 * column) =
+          pack_bf16(-tile[2 * h] * beta.x, -tile[2 * h + 1] * beta.y);
 }
 
 }  // namespace jax_flashkda::chunk_prepare

@@ -60,7 +60,7 @@ struct StateWarps {
   State state;
 
   __device__ void start(const ChunkHeader& header) {
-    load_state(state, p.forward.initial_state, header, at);
+    load_state(state, p.forward.initial_state, header.state, header, at);
   }
 
   __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
@@ -118,7 +118,7 @@ struct StateGradientWarps {
   State state;
 
   __device__ void start(const ChunkHeader& header) {
-    load_state(state, p.d_final_state, header, at);
+    load_state(state, p.d_final_state, header.state, header, at);
   }
 
   __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
@@ -182,7 +182,7 @@ struct StateGradientWarps {
     if (at.lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
 #pragma unroll
     for (int i = 0; i < 64; ++i) state[i] = fmaf(scale, read_out[i], state[i]);
-    if (header.last) store_state(state, p.d_initial_state, header, at);
+    if (header.last) store_state(state, p.d_initial_state, header.state, header, at);
   }
 };
 

@@ -5,13 +5,14 @@
 //   O = scale ((q exp(G)) S + A_qk U)
 //   S <- Diag(exp(G_C)) S + (k exp(G_C - G))^T U
 //
-// Grid: persistent CTAs over (segment, value head[, half of V]); a chain of chunks is serial,
-// chains are not. Roles: see state_scan.cuh; S, R and U become register operands where they are.
+// Grid: persistent CTAs over (segment or piece of a row, value head[, half of V]); a chain of chunks
+// is serial, chains are not. Roles: see state_scan.cuh; S, R and U become register operands where they are.
 //
 // Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state.
 #pragma once
 
 #include "sm90/chunk_state_output/config.h"
+#include "sm90/chunk_state_pieces/config.h"
 
 namespace jax_flashkda::chunk_state_output {
 
@@ -21,11 +22,21 @@ using namespace state_scan;
 template <class Config>
 struct StateWarps {
   const ForwardParams& p;
+  const ForwardWorkspace& w;
   const Place at;
   State state;
 
   __device__ void start(const ChunkHeader& header) {
-    load_state(state, p.initial_state, header, at);
+    if (header.piece == 0) {
+      load_state(state, p.initial_state, header.state, header, at);
+    } else {  // where chunk_state_pieces left what the piece before leads to
+      const int64_t row = header.token / p.shape.T;
+      load_state(
+          state,
+          reinterpret_cast<const float*>(static_cast<uint8_t*>(p.workspace) + w.piece_maps),
+          chunk_state_pieces::map_place(p.shape, w.pieces, row, header.piece - 1, header.head),
+          header, at);
+    }
   }
 
   __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
@@ -79,7 +90,8 @@ struct StateWarps {
     store_rows(output, stage.rows[at.tile], p.o, p.shape, header, at);
     __syncwarp();
     if (at.lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
-    if (header.last) store_state(state, p.final_state, header, at);
+    if (header.last && header.piece == w.pieces.count - 1)
+      store_state(state, p.final_state, header.state, header, at);
   }
 };
 
@@ -87,9 +99,9 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     chunk_state_output_kernel(const __grid_constant__ ForwardParams p,
                               const __grid_constant__ ForwardWorkspace w) {
-  const Share share = {blockIdx.x, gridDim.x};
+  const Share share = {blockIdx.x, gridDim.x, w.pieces.count, w.pieces.tokens};
   scan<Config>(p, w, p.v, share, [&](typename Config::Shared& s, const Place& at) {
-    StateWarps<Config> warps{p, at};
+    StateWarps<Config> warps{p, w, at};
     consume_chunks<Config>(s, warps);
   });
 }

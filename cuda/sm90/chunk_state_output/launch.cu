@@ -52,8 +52,9 @@ Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorks
   const ForwardShape& shape = params.shape;
   int sms = 0;
   if (Status status = multiprocessors(sms); !status.ok()) return status;
-  const int64_t chains = (shape.has_segment_ids ? shape.B * shape.T : shape.B) * shape.HV;
-  if (shape.B * shape.HV * 2 <= sms)
+  const int64_t rows = shape.has_segment_ids ? shape.B * shape.T : shape.B * workspace.pieces.count;
+  const int64_t chains = rows * shape.HV;
+  if (shape.B * workspace.pieces.count * shape.HV * 2 <= sms)
     return launch<HalfHead>(params, workspace, 2 * chains, sms, stream);
   return launch<WholeHead>(params, workspace, chains, sms, stream);
 }

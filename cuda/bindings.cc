@@ -52,9 +52,12 @@ nb::list variants_as_dicts() {
   return rows;
 }
 
+using WorkspaceBytes = int64_t (*)(const ForwardShape&);
+
+template <WorkspaceBytes kBytes>
 int64_t workspace_bytes(int64_t B, int64_t T, int64_t H, int64_t HV, int64_t K, int64_t V,
                         int64_t N, bool has_segment_ids) {
-  return forward_workspace_bytes({B, T, H, HV, K, V, N, has_segment_ids});
+  return kBytes({B, T, H, HV, K, V, N, has_segment_ids});
 }
 
 }  // namespace
@@ -67,6 +70,10 @@ NB_MODULE(_flashkda, module) {
   module.def("checking_registrations", [] { return to_dict(checking_handlers()); },
              "Handlers that check as those do and launch nothing, on any platform.");
   module.def("variants", &variants_as_dicts, "The compiled kernels, a dict each.");
-  module.def("forward_workspace_bytes", &workspace_bytes, "B"_a, "T"_a, "H"_a, "HV"_a, "K"_a, "V"_a,
-             "N"_a, "has_segment_ids"_a, "Bytes of the workspace result of jax_flashkda.forward.");
+  module.def("forward_workspace_bytes", &workspace_bytes<forward_workspace_bytes>, "B"_a, "T"_a,
+             "H"_a, "HV"_a, "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
+             "Bytes of the workspace result of jax_flashkda.forward.");
+  module.def("backward_workspace_bytes", &workspace_bytes<backward_workspace_bytes>, "B"_a, "T"_a,
+             "H"_a, "HV"_a, "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
+             "Bytes of the workspace result of jax_flashkda.backward.");
 }

@@ -7,4 +7,6 @@ set(JAX_FLASHKDA_CUDA_SOURCES
   sm90/segment_table/launch.cu
   sm90/chunk_prepare/launch.cu
   sm90/chunk_state_output/launch.cu
+  sm90/chunk_state_gradient/launch.cu
+  sm90/chunk_gradient/launch.cu
   sm90/initialize.cu)

@@ -43,9 +43,10 @@ def workspace_bytes(
     stage: str, B: int, T: int, H: int, HV: int, K: int, V: int, N: int, has_segment_ids: bool
 ) -> int:
     """Bytes of the workspace that the FFI target `jax_flashkda.<stage>` needs for these sizes."""
-    if stage != "forward":
-        raise ValueError(f"there is no stage {stage!r}; the extension has 'forward'")
-    return _required().forward_workspace_bytes(B, T, H, HV, K, V, N, has_segment_ids)
+    if stage not in ("forward", "backward"):
+        raise ValueError(f"there is no stage {stage!r}; the extension has 'forward' and 'backward'")
+    count = getattr(_required(), f"{stage}_workspace_bytes")
+    return count(B, T, H, HV, K, V, N, has_segment_ids)
 
 
 def _required() -> ModuleType:

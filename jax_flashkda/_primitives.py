@@ -29,9 +29,8 @@ from jax.sharding import PartitionSpec as P
 from . import _chunked, _extension, _support
 from ._problem import AXES, Problem
 
-# Stages that have a CUDA kernel. A stage that is not here is XLA on every platform: for now the
-# backward recomputes from the raw inputs with `_chunked.backward`, after a CUDA forward too.
-_FFI_TARGETS = {"forward": "jax_flashkda.forward"}
+# The FFI targets of the CUDA kernels. The backward recomputes from the raw inputs.
+_FFI_TARGETS = {"forward": "jax_flashkda.forward", "backward": "jax_flashkda.backward"}
 
 # `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
 DISABLE_JAX_EXPORT_CHECKS = tuple(
@@ -325,7 +324,7 @@ def _lower_default(stage, ctx, *operands, problem):
 def _lower_cuda(stage, ctx, *operands, problem):
     sizes = problem.sizes(ctx.avals_in)
     empty = 0 in sizes.values()  # nothing to launch: the results are zeros and the states as given
-    if not _kernels_run(problem, ctx.avals_in) or stage not in _FFI_TARGETS or empty:
+    if not _kernels_run(problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
     workspace_bytes = _extension.workspace_bytes(

@@ -40,4 +40,31 @@ __device__ __forceinline__ float log2_decay(float g, const GateCoefficients& c) 
   return clamp_log2_decay(x);
 }
 
+// Derivatives of the natural log decay.
+struct GateGradient {
+  float raw;    // with respect to the raw gate, and so to dt_bias
+  float A_log;  // zero without one
+};
+
+// A clamped token has none. `raw_bias` is raw gate + dt_bias, a is exp(A_log).
+template <Gate kGate>
+__device__ __forceinline__ GateGradient gate_gradient(float g, const GateCoefficients& c, float a,
+                                                      float raw_bias) {
+  const float x = fmaf(g, c.slope, c.offset);
+  if constexpr (kGate == Gate::kSoftplus) {
+    const float log2_decay = c.amplitude * softplus_base2(x), u = exp2_fast(-fabsf(x)),
+                r = reciprocal_fast(1.0f + u);
+    const bool clamped = log2_decay < kLog2DecayMin;
+    return {clamped ? 0.0f : -a * (x < 0.0f ? u * r : r),
+            clamped ? 0.0f : log2_decay * (1.0f / kLog2E)};
+  }
+  if constexpr (kGate == Gate::kBounded) {
+    // sigmoid and 1 - sigmoid: the smaller of the two never as a difference.
+    const float u = exp2_fast(-fabsf(x)), r = reciprocal_fast(1.0f + u);
+    const float raw = c.amplitude * (1.0f / kLog2E) * a * (u * r * r);
+    return {raw, raw * raw_bias};
+  }
+  return {x < kLog2DecayMin ? 0.0f : 1.0f, 0.0f};
+}
+
 }  // namespace jax_flashkda

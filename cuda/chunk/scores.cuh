@@ -1,6 +1,5 @@
 // Scores of 16-row blocks: A[i, j] = sum over channels of x_i exp(G_i - G_j) k_j.
-// Off the diagonal both factors refer to the decay at one token between i and j, so every exponent
-// is <= 0.
+// Both factors refer to one decay between those of i and j, or near it.
 #pragma once
 
 #include "core/mma.cuh"
@@ -29,17 +28,42 @@ __device__ __forceinline__ void score_block(float (&acc)[2][4], uint32_t x_tile,
   }
 }
 
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+  return product;
+}
+
+// The same with every channel of y scaled by a power of two. A lane of a product wants those of
+// channels 2 t, 2 t + 1 and 2 t + 8, 2 t + 9 of a step of 16, t = lane % 4: powers is
+// [8 steps][4 lanes] of them.
+__device__ __forceinline__ void score_scaled_block(float (&acc)[2][4], uint32_t x_tile,
+                                                   uint32_t y_tile, const uint2* powers, int lane) {
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    const uint32_t offset = tile_offset(lane & 15, 2 * step + (lane >> 4));
+    const uint2 power = powers[4 * step + (lane & 3)];
+    uint32_t x[4], y[4];
+    load_matrices(x, x_tile + offset);
+    load_matrices(y, y_tile + offset);
+    mma_bf16(acc[0], x, multiply_bf16(y[0], power.x), multiply_bf16(y[2], power.y));
+    mma_bf16(acc[1], x, multiply_bf16(y[1], power.x), multiply_bf16(y[3], power.y));
+  }
+}
+
 // The same for eight rows of y alone: columns 8 half .. 8 half + 7.
-__device__ __forceinline__ void score_half_block(float (&acc)[4], uint32_t x_tile, uint32_t y_tile,
-                                                 int half, int lane) {
+__device__ __forceinline__ void score_scaled_half_block(float (&acc)[4], uint32_t x_tile,
+                                                        uint32_t y_tile, int half,
+                                                        const uint2* powers, int lane) {
 #pragma unroll
   for (int step = 0; step < 8; step += 2) {
     uint32_t x0[4], x1[4], y[4];
     load_matrices(x0, x_tile + tile_offset(lane & 15, 2 * step + (lane >> 4)));
     load_matrices(x1, x_tile + tile_offset(lane & 15, 2 * step + 2 + (lane >> 4)));
     load_matrices(y, y_tile + tile_offset(8 * half + (lane & 7), 2 * step + (lane >> 3)));
-    mma_bf16(acc, x0, y[0], y[1]);
-    mma_bf16(acc, x1, y[2], y[3]);
+    const uint2 p0 = powers[4 * step + (lane & 3)], p1 = powers[4 * step + 4 + (lane & 3)];
+    mma_bf16(acc, x0, multiply_bf16(y[0], p0.x), multiply_bf16(y[1], p0.y));
+    mma_bf16(acc, x1, multiply_bf16(y[2], p1.x), multiply_bf16(y[3], p1.y));
   }
 }
 

@@ -66,9 +66,9 @@ __device__ __forceinline__ int matrix_at(int row, int column) {
   return row * kMatrixStride + column;
 }
 
-// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. Eight warps; the
-// diagonal blocks are there and what lies above them is zero. The blocks' own places hold the
-// intermediate L21 X11.
+// Fills the lower left 32x32 block and the two 16x16 blocks beside the diagonal. All threads of the
+// CTA, of which eight warps work; the diagonal blocks are there and what lies above them is zero.
+// The blocks' own places hold the intermediate L21 X11.
 __device__ __forceinline__ void merge_blocks(const float* s_A, float* s_X, int warp, int lane) {
   if (warp < 4) {
     const int at = 32 * (warp >> 1), n = 8 * (warp & 1);
@@ -82,15 +82,17 @@ __device__ __forceinline__ void merge_blocks(const float* s_A, float* s_X, int w
     store_block(s_X + matrix_at(at + 16, at + n), d, -1.0f, lane);
   }
   __syncthreads();  // the 8-column halves of a pair come from two warps
+  const bool works = warp < 8;
   const int m = 16 * (warp >> 2), n = 8 * (warp & 3);
-  float c[4] = {};
-  product<4>(c, s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n), lane);
-  store_block(s_X + matrix_at(32 + m, n), c, 1.0f, lane);
+  float c[4] = {}, d[4] = {};
+  if (works) {
+    product<4>(c, s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n), lane);
+    store_block(s_X + matrix_at(32 + m, n), c, 1.0f, lane);
+  }
   __syncthreads();  // both row halves of L21 X11 are there
-  float d[4] = {};
-  product<4>(d, s_X + matrix_at(32 + m, 32), s_X + matrix_at(32, n), lane);
+  if (works) product<4>(d, s_X + matrix_at(32 + m, 32), s_X + matrix_at(32, n), lane);
   __syncthreads();  // everybody has read L21 X11
-  store_block(s_X + matrix_at(32 + m, n), d, -1.0f, lane);
+  if (works) store_block(s_X + matrix_at(32 + m, n), d, -1.0f, lane);
 }
 
 }  // namespace jax_flashkda

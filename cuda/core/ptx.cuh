@@ -11,6 +11,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read again wherever it is asked for: what follows from it is then not kept in
+// registers for the whole of a long loop.
+__device__ __forceinline__ uint32_t thread_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // 2^x, relative error 2^-22; results below 2^-126 are zero; 2^0 is exactly 1.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -87,12 +95,31 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
       : "memory");
 }
 
+// The other way, from shared to global memory, counted in groups of the issuing thread; another
+// thread's writes come before by fence_async_shared() and a barrier.
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// This thread's groups have read their shared memory, which may be written again.
+__device__ __forceinline__ void bulk_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // Copies 16 bytes from global to shared memory in the background, or clears them; 16-byte aligned
 // both.
 __device__ __forceinline__ void async_load_16(void* shared, const void* global, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(exists ? 16 : 0)
                : "memory");
+}
+// This thread's copies so far are there; a barrier makes them everybody's.
+__device__ __forceinline__ void wait_for_async_loads() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 // Arrives on the barrier once this thread's copies so far are there; the barrier's count includes
 // this arrival.
@@ -155,6 +182,11 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address,

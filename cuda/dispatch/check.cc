@@ -22,9 +22,10 @@ class Problems {
     if (count_++ > 0) text_ << "; ";
     (text_ << ... << parts);
   }
-  Status status() const {
-    return count_ == 0 ? Status{} : Status::error("jax_flashkda.forward: " + text_.str());
+  Status status(const char* target) const {
+    return ok() ? Status{} : Status::error(std::string(target) + ": " + text_.str());
   }
+  bool ok() const { return count_ == 0; }
 
  private:
   std::ostringstream text_;
@@ -103,30 +104,70 @@ void check_options(const ForwardParams& p, Problems& problems) {
 }
 
 // 16 bytes: the kernels' vector and bulk copies. An operand without elements may be null.
-void check_pointers(const ForwardParams& p, Problems& problems) {
+void check_pointer(const char* what, const void* pointer, bool needed, uintptr_t alignment,
+                   Problems& problems) {
+  if (pointer == nullptr) {
+    if (needed) problems.add(what, " is missing");
+  } else if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) {
+    problems.add(what, " is not aligned to ", alignment, " bytes");
+  }
+}
+
+bool has_tokens(const ForwardShape& s) { return s.B > 0 && s.T > 0; }
+
+// Inputs and workspace: what forward and backward both read.
+void check_input_pointers(const ForwardParams& p, Problems& problems) {
   const ForwardShape& s = p.shape;
-  auto check = [&](const char* what, const void* pointer, bool needed, uintptr_t alignment) {
-    if (pointer == nullptr) {
-      if (needed) problems.add(what, " is missing");
-    } else if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) {
-      problems.add(what, " is not aligned to ", alignment, " bytes");
-    }
-  };
-  const bool tokens = s.B > 0 && s.T > 0;
-  check("q", p.q, tokens, 16);
-  check("k", p.k, tokens, 16);
-  check("v", p.v, tokens, 16);
-  check("g", p.g, tokens, 16);
-  check("o", p.o, tokens, 16);
-  check("beta", p.beta, tokens, 4);
-  check("A_log", p.A_log, false, 4);
-  check("dt_bias", p.dt_bias, false, 16);
-  check("initial_state", p.initial_state, false, 16);
-  check("final_state", p.final_state, false, 16);
-  check("segment_ids", p.segment_ids, tokens && s.has_segment_ids, 4);
+  const bool tokens = has_tokens(s);
+  check_pointer("q", p.q, tokens, 16, problems);
+  check_pointer("k", p.k, tokens, 16, problems);
+  check_pointer("v", p.v, tokens, 16, problems);
+  check_pointer("g", p.g, tokens, 16, problems);
+  check_pointer("beta", p.beta, tokens, 4, problems);
+  check_pointer("A_log", p.A_log, false, 4, problems);
+  check_pointer("dt_bias", p.dt_bias, false, 16, problems);
+  check_pointer("initial_state", p.initial_state, false, 16, problems);
+  check_pointer("segment_ids", p.segment_ids, tokens && s.has_segment_ids, 4, problems);
   if (!s.has_segment_ids && p.segment_ids != nullptr)
     problems.add("segment_ids was given, but the shape says there are none");
-  check("workspace", p.workspace, tokens, 16);
+  check_pointer("workspace", p.workspace, tokens, 16, problems);
+}
+
+void check_output_pointers(const ForwardParams& p, Problems& problems) {
+  check_pointer("o", p.o, has_tokens(p.shape), 16, problems);
+  check_pointer("final_state", p.final_state, false, 16, problems);
+}
+
+// The cotangents, and a gradient for each float operand of the call and no other.
+void check_gradient_pointers(const BackwardParams& p, Problems& problems) {
+  const ForwardShape& s = p.forward.shape;
+  const bool tokens = has_tokens(s);
+  check_pointer("d_o", p.d_o, tokens, 16, problems);
+  check_pointer("d_final_state", p.d_final_state, false, 16, problems);
+  check_pointer("dq", p.dq, tokens, 16, problems);
+  check_pointer("dk", p.dk, tokens, 16, problems);
+  check_pointer("dv", p.dv, tokens, 16, problems);
+  check_pointer("dg", p.dg, tokens, 16, problems);
+  check_pointer("d_beta", p.d_beta, tokens, 4, problems);
+  auto check_optional = [&](const char* what, const void* operand, const void* gradient,
+                            bool elements, uintptr_t alignment) {
+    check_pointer(what, gradient, elements && operand != nullptr, alignment, problems);
+    if (elements && operand == nullptr && gradient != nullptr)
+      problems.add(what, " was asked for, but the call has no such operand");
+  };
+  check_optional("dA_log", p.forward.A_log, p.dA_log, s.B > 0, 4);
+  check_optional("d_dt_bias", p.forward.dt_bias, p.d_dt_bias, s.B > 0, 16);
+  check_optional("d_initial_state", p.forward.initial_state, p.d_initial_state, s.B > 0 && s.N > 0,
+                 16);
+}
+
+// Zero for shapes that are refused.
+template <class Layout>
+int64_t workspace_bytes(const ForwardShape& shape, Layout layout) {
+  Problems problems;
+  check_shape(shape, problems);
+  if (!problems.ok() || shape.K <= 0 || shape.V <= 0) return 0;
+  return layout(shape).bytes + kWorkspaceAlignment;  // the launch layer rounds the pointer up
 }
 
 }  // namespace
@@ -150,16 +191,27 @@ Status check_forward(const ForwardParams& params) {
   check_shape(params.shape, problems);
   check_variant(params, problems);
   check_options(params, problems);
-  check_pointers(params, problems);
-  return problems.status();
+  check_input_pointers(params, problems);
+  check_output_pointers(params, problems);
+  return problems.status("jax_flashkda.forward");
+}
+
+Status check_backward(const BackwardParams& params) {
+  Problems problems;
+  check_shape(params.forward.shape, problems);
+  check_variant(params.forward, problems);
+  check_options(params.forward, problems);
+  check_input_pointers(params.forward, problems);
+  check_gradient_pointers(params, problems);
+  return problems.status("jax_flashkda.backward");
 }
 
 int64_t forward_workspace_bytes(const ForwardShape& shape) {
-  Problems problems;
-  check_shape(shape, problems);
-  if (!problems.status().ok() || shape.K <= 0 || shape.V <= 0) return 0;
-  return forward_workspace(shape).bytes +
-         kWorkspaceAlignment;  // the launch layer rounds the pointer up
+  return workspace_bytes(shape, forward_workspace);
+}
+
+int64_t backward_workspace_bytes(const ForwardShape& shape) {
+  return workspace_bytes(shape, backward_workspace);
 }
 
 }  // namespace jax_flashkda

@@ -5,6 +5,32 @@
 #include "sm90/launch.h"
 
 namespace jax_flashkda {
+namespace {
+
+void* aligned_workspace(void* workspace) {
+  const auto address = reinterpret_cast<uintptr_t>(workspace);
+  return reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment *
+                                 kWorkspaceAlignment);
+}
+
+bool has_tokens(const ForwardShape& shape) { return shape.B > 0 && shape.T > 0; }
+
+// Whether there are state slots that no segment may use.
+bool may_leave_slots(const ForwardShape& shape) {
+  return shape.B > 0 && shape.N > 0 && (shape.has_segment_ids || shape.T == 0);
+}
+
+// What forward and backward begin with.
+Status prepare_chunks(const ForwardParams& params, const ForwardWorkspace& workspace,
+                      CUstream_st* stream) {
+  if (params.shape.has_segment_ids) {
+    if (Status status = sm90::launch_segment_table(params, workspace, stream); !status.ok())
+      return status;
+  }
+  return sm90::launch_chunk_prepare(params, workspace, stream);
+}
+
+}  // namespace
 
 // With a second architecture: by the device's compute capability.
 Status initialize(int device) { return sm90::initialize(device); }
@@ -12,26 +38,49 @@ Status initialize(int device) { return sm90::initialize(device); }
 Status forward(const ForwardParams& given, CUstream_st* stream) {
   if (Status status = check_forward(given); !status.ok()) return status;
   ForwardParams params = given;
-  const ForwardShape& shape = params.shape;
-  const auto address = reinterpret_cast<uintptr_t>(params.workspace);
-  params.workspace = reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) /
-                                             kWorkspaceAlignment * kWorkspaceAlignment);
-  const ForwardWorkspace workspace = forward_workspace(shape);
+  params.workspace = aligned_workspace(given.workspace);
+  params.nonzero_beta = false;
+  const ForwardWorkspace workspace = forward_workspace(params.shape);
 
-  const bool tokens = shape.B > 0 && shape.T > 0;
-  if (tokens && shape.has_segment_ids) {
-    if (Status status = sm90::launch_segment_table(params, workspace, stream); !status.ok())
-      return status;
-  }
-  if (tokens) {
-    if (Status status = sm90::launch_chunk_prepare(params, workspace, stream); !status.ok())
-      return status;
+  if (has_tokens(params.shape)) {
+    if (Status status = prepare_chunks(params, workspace, stream); !status.ok()) return status;
     if (Status status = sm90::launch_chunk_state_output(params, workspace, stream); !status.ok())
       return status;
   }
-  const bool slots = shape.B > 0 && shape.N > 0 && (shape.has_segment_ids || shape.T == 0);
-  if (params.final_state != nullptr && slots)
+  if (params.final_state != nullptr && may_leave_slots(params.shape))
     return sm90::launch_unused_states(params, workspace, stream);
+  return {};
+}
+
+Status backward(const BackwardParams& given, CUstream_st* stream) {
+  if (Status status = check_backward(given); !status.ok()) return status;
+  BackwardParams params = given;
+  ForwardParams& forward = params.forward;
+  forward.workspace = aligned_workspace(given.forward.workspace);
+  forward.o = nullptr;
+  forward.final_state = nullptr;
+  forward.nonzero_beta = true;
+  const BackwardWorkspace workspace = backward_workspace(forward.shape);
+
+  if (has_tokens(forward.shape)) {
+    if (Status status = prepare_chunks(forward, workspace.forward, stream); !status.ok())
+      return status;
+    if (Status status = sm90::launch_chunk_state_gradient(params, workspace, stream); !status.ok())
+      return status;
+    if (Status status = sm90::launch_chunk_gradient(params, workspace, stream); !status.ok())
+      return status;
+  }
+  if (forward.shape.B > 0) {
+    if (Status status = sm90::launch_gradient_reduce(params, workspace, stream); !status.ok())
+      return status;
+  }
+  if (params.d_initial_state != nullptr && may_leave_slots(forward.shape)) {
+    // A slot that no segment uses is passed through, and so is its gradient.
+    ForwardParams states = forward;
+    states.initial_state = params.d_final_state;
+    states.final_state = params.d_initial_state;
+    return sm90::launch_unused_states(states, workspace.forward, stream);
+  }
   return {};
 }
 

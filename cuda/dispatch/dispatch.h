@@ -28,9 +28,11 @@ const char* name(DType dtype);  // "f32", "bf16", "f16"
 // Every refusal that needs no GPU: dimensions, types, alignment, ranges, missing or contradictory
 // operands. Reads no memory behind the pointers.
 Status check_forward(const ForwardParams& params);
+Status check_backward(const BackwardParams& params);
 
-// Bytes of ForwardParams::workspace; zero for shapes that check_forward refuses.
+// Bytes of ForwardParams::workspace for either; zero for shapes that the checks refuse.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
+int64_t backward_workspace_bytes(const ForwardShape& shape);
 
 // Once for every device, outside stream capture: refuses an architecture that nothing was compiled
 // for, and raises the kernels' shared-memory limits. Cheap to repeat.
@@ -39,5 +41,6 @@ Status initialize(int device);
 // Checks, then launches on the stream of the current device: allocates nothing, never waits, may be
 // captured.
 Status forward(const ForwardParams& params, CUstream_st* stream);
+Status backward(const BackwardParams& params, CUstream_st* stream);
 
 }  // namespace jax_flashkda

@@ -6,8 +6,10 @@
 // used.
 // No exception leaves a handler: the caller is on the far side of a C ABI.
 //
-// forward: operands  q k v g beta [A_log] [dt_bias] [initial_state] [segment_ids]
-//          results   o [final_state] workspace            ([..]: told present by an attribute)
+// forward:  operands  q k v g beta [A_log] [dt_bias] [initial_state] [segment_ids]
+//           results   o [final_state] workspace            ([..]: told present by an attribute)
+// backward: operands  those of the forward, d_o [d_final_state]
+//           results   dq dk dv dg d_beta [dA_log] [d_dt_bias] [d_initial_state] workspace
 
 #include "ffi/handlers.h"
 
@@ -34,15 +36,19 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr char kForward[] = "jax_flashkda.forward";
+constexpr char kBackward[] = "jax_flashkda.backward";
 
-// A call whose operands, results or attributes are not what the target takes. The message names it.
+// A call whose operands, results or attributes are not what the target takes.
 struct InvalidCall : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-[[noreturn]] void refuse(const std::string& problem) {
-  throw InvalidCall(std::string(kForward) + ": " + problem);
-}
+// The same, found by the dispatch layer, whose message names the target.
+struct RefusedCall : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] void refuse(const std::string& problem) { throw InvalidCall(problem); }
 
 template <typename T>
 T value_or_refuse(ffi::ErrorOr<T> decoded, const std::string& what) {
@@ -224,95 +230,173 @@ void read_data(OperandReader& operands, ForwardParams& params) {
   params.beta = beta.data<void>();
 }
 
-void read_optional_operands(OperandReader& operands, AttributeReader& attributes,
-                            ForwardParams& params) {
+// The optional operands and their gradients are read alike.
+template <typename Pointer>
+void read_A_log(const Operand& A_log, const ForwardShape& s, Pointer& pointer) {
+  A_log.expect_dtype(ffi::F32);
+  A_log.expect_shape("[B, HV]", {s.B, s.HV});
+  pointer = A_log.data<float>();
+}
+
+template <typename Pointer>
+void read_dt_bias(const Operand& dt_bias, const ForwardShape& s, Pointer& pointer) {
+  dt_bias.expect_dtype(ffi::F32);
+  dt_bias.expect_shape("[B, HV, K]", {s.B, s.HV, s.K});
+  pointer = dt_bias.data<float>();
+}
+
+template <typename Pointer>
+void read_state(const Operand& state, const ForwardShape& s, Pointer& pointer) {
+  state.expect_dtype(ffi::F32);
+  state.expect_shape("[B, N, HV, K, V]", {s.B, s.N, s.HV, s.K, s.V});
+  pointer = state.data<float>();
+}
+
+// o or its cotangent.
+template <typename Pointer>
+void read_output(const Operand& o, const char* name, const ForwardParams& params,
+                 Pointer& pointer) {
   const ForwardShape& s = params.shape;
-  if (attributes.get<bool>("has_A_log")) {
-    const Operand A_log = operands.next("A_log");
-    A_log.expect_dtype(ffi::F32);
-    A_log.expect_shape("[B, HV]", {s.B, s.HV});
-    params.A_log = A_log.data<float>();
-  }
-  if (attributes.get<bool>("has_dt_bias")) {
-    const Operand dt_bias = operands.next("dt_bias");
-    dt_bias.expect_dtype(ffi::F32);
-    dt_bias.expect_shape("[B, HV, K]", {s.B, s.HV, s.K});
-    params.dt_bias = dt_bias.data<float>();
-  }
-  if (attributes.get<bool>("has_initial_state")) {
-    const Operand state = operands.next("initial_state");
-    state.expect_dtype(ffi::F32);
-    state.expect_shape("[B, N, HV, K, V]", {s.B, s.N, s.HV, s.K, s.V});
-    params.initial_state = state.data<float>();
-  }
+  o.expect_shape("[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
+  if (o.float_dtype() != params.qkv_dtype) refuse(std::string(name) + " has another dtype than v");
+  pointer = o.data<void>();
+}
+
+// Which of the optional operands with a gradient there are: one without elements may be null.
+struct Present {
+  bool A_log, dt_bias, initial_state;
+};
+
+Present read_optional_operands(OperandReader& operands, AttributeReader& attributes,
+                               ForwardParams& params) {
+  const ForwardShape& s = params.shape;
+  const Present present = {attributes.get<bool>("has_A_log"), attributes.get<bool>("has_dt_bias"),
+                           attributes.get<bool>("has_initial_state")};
+  if (present.A_log) read_A_log(operands.next("A_log"), s, params.A_log);
+  if (present.dt_bias) read_dt_bias(operands.next("dt_bias"), s, params.dt_bias);
+  if (present.initial_state) read_state(operands.next("initial_state"), s, params.initial_state);
   if (s.has_segment_ids) {
     const Operand segment_ids = operands.next("segment_ids");
     segment_ids.expect_dtype(ffi::S32);
     segment_ids.expect_shape("[B, T]", {s.B, s.T});
     params.segment_ids = segment_ids.data<int32_t>();
   }
+  return present;
 }
 
-// Returns the workspace: its size is checked last, once the shape is known to be a valid one.
-Operand read_results(ResultReader& results, AttributeReader& attributes, ForwardParams& params) {
-  const ForwardShape& s = params.shape;
-  const Operand o = results.next("o");
-  params.o = o.data<void>();
-  o.expect_shape("[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
-  if (o.float_dtype() != params.qkv_dtype) refuse("o has another dtype than v");
-  if (attributes.get<bool>("return_final_state")) {
-    const Operand state = results.next("final_state");
-    state.expect_dtype(ffi::F32);
-    state.expect_shape("[B, N, HV, K, V]", {s.B, s.N, s.HV, s.K, s.V});
-    params.final_state = state.data<float>();
+// The parts of a call, read in order; expect_end() refuses what nobody has read.
+struct Call {
+  Call(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary dictionary)
+      : operands(args), results(rets), attributes(dictionary) {}
+
+  void expect_end() const {
+    operands.expect_end();
+    results.expect_end();
+    attributes.expect_end();
   }
-  const Operand workspace = results.next("workspace");
+
+  OperandReader operands;
+  ResultReader results;
+  AttributeReader attributes;
+};
+
+Present read_inputs(Call& call, ForwardParams& params) {
+  read_attributes(call.attributes, params);
+  read_data(call.operands, params);
+  return read_optional_operands(call.operands, call.attributes, params);
+}
+
+// Its size is checked last, once the shape is known to be a valid one.
+Operand read_workspace(Call& call, ForwardParams& params) {
+  const Operand workspace = call.results.next("workspace");
   workspace.expect_dtype(ffi::U8);
   workspace.expect_rank(1);
   params.workspace = workspace.data<void>();
   return workspace;
 }
 
-ForwardParams read_forward(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           ffi::Dictionary dictionary) {
-  ForwardParams params{};
-  OperandReader operands(args);
-  ResultReader results(rets);
-  AttributeReader attributes(dictionary);
-  read_attributes(attributes, params);
-  read_data(operands, params);
-  read_optional_operands(operands, attributes, params);
-  const Operand workspace = read_results(results, attributes, params);
-  operands.expect_end();
-  results.expect_end();
-  attributes.expect_end();
-  if (const Status status = check_forward(params); !status.ok()) throw InvalidCall(status.message);
-  const int64_t needed = forward_workspace_bytes(params.shape);
+void check_call(const Status& status, const Operand& workspace, int64_t needed) {
+  if (!status.ok()) throw RefusedCall(status.message);
   if (workspace.bytes() < needed) {
     refuse("workspace has " + std::to_string(workspace.bytes()) + " bytes, expected " +
                       std::to_string(needed) + ": was the program lowered by another version?");
   }
+}
+
+ForwardParams read_forward(Call call) {
+  ForwardParams params{};
+  read_inputs(call, params);
+  read_output(call.results.next("o"), "o", params, params.o);
+  if (call.attributes.get<bool>("return_final_state"))
+    read_state(call.results.next("final_state"), params.shape, params.final_state);
+  const Operand workspace = read_workspace(call, params);
+  call.expect_end();
+  check_call(check_forward(params), workspace, forward_workspace_bytes(params.shape));
   return params;
 }
 
-// Runs `body` and turns whatever it throws into an error.
+// A gradient has shape and dtype of its operand.
+void read_gradients(ResultReader& results, const Present& present, BackwardParams& params) {
+  const ForwardParams& p = params.forward;
+  const ForwardShape& s = p.shape;
+  const auto next = [&](const char* name, DType dtype, const char* meaning,
+                        std::initializer_list<int64_t> dims) {
+    const Operand gradient = results.next(name);
+    gradient.expect_shape(meaning, dims);
+    if (gradient.float_dtype() != dtype)
+      refuse(std::string(name) + " has another dtype than what it is the gradient of");
+    return gradient.data<void>();
+  };
+  params.dq = next("dq", p.qkv_dtype, "[B, T, H, K]", {s.B, s.T, s.H, s.K});
+  params.dk = next("dk", p.qkv_dtype, "[B, T, H, K]", {s.B, s.T, s.H, s.K});
+  params.dv = next("dv", p.qkv_dtype, "[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
+  params.dg = next("dg", p.g_dtype, "[B, T, HV, K]", {s.B, s.T, s.HV, s.K});
+  params.d_beta = next("d_beta", p.beta_dtype, "[B, T, HV]", {s.B, s.T, s.HV});
+  if (present.A_log) read_A_log(results.next("dA_log"), s, params.dA_log);
+  if (present.dt_bias) read_dt_bias(results.next("d_dt_bias"), s, params.d_dt_bias);
+  if (present.initial_state)
+    read_state(results.next("d_initial_state"), s, params.d_initial_state);
+}
+
+BackwardParams read_backward(Call call) {
+  BackwardParams params{};
+  ForwardParams& forward = params.forward;
+  const Present present = read_inputs(call, forward);
+  read_output(call.operands.next("d_o"), "d_o", forward, params.d_o);
+  if (call.attributes.get<bool>("return_final_state"))
+    read_state(call.operands.next("d_final_state"), forward.shape, params.d_final_state);
+  read_gradients(call.results, present, params);
+  const Operand workspace = read_workspace(call, forward);
+  call.expect_end();
+  check_call(check_backward(params), workspace, backward_workspace_bytes(forward.shape));
+  return params;
+}
+
+// Runs `body` and turns whatever it throws into an error that names the target.
 template <typename Body>
-ffi::Error guarded(Body body) {
+ffi::Error guarded(const char* target, Body body) {
+  const auto named = [&](const char* text) { return std::string(target) + ": " + text; };
   try {
     return body();
-  } catch (const InvalidCall& error) {
+  } catch (const RefusedCall& error) {
     return ffi::Error::InvalidArgument(error.what());
+  } catch (const InvalidCall& error) {
+    return ffi::Error::InvalidArgument(named(error.what()));
   } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string(kForward) + ": " + error.what());
+    return ffi::Error::Internal(named(error.what()));
   } catch (...) {
-    return ffi::Error::Internal(std::string(kForward) + ": unknown exception");
+    return ffi::Error::Internal(named("unknown exception"));
   }
+}
+
+ffi::Error to_error(const Status& status) {
+  return status.ok() ? ffi::Error::Success() : ffi::Error::Internal(status.message);
 }
 
 // Runs before execution and outside of command buffer capture, on each device of the program.
 ffi::Error initialize_device(int32_t device, ffi::RemainingArgs, ffi::RemainingRets,
                              ffi::Dictionary) {
-  return guarded([&] {
+  return guarded("jax_flashkda", [&] {
     const Status status = initialize(device);
     if (status.ok()) return ffi::Error::Success();
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, status.message);
@@ -321,16 +405,30 @@ ffi::Error initialize_device(int32_t device, ffi::RemainingArgs, ffi::RemainingR
 
 ffi::Error execute_forward(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            ffi::Dictionary attributes) {
-  return guarded([&] {
-    const Status status = forward(read_forward(args, rets, attributes), stream);
-    return status.ok() ? ffi::Error::Success() : ffi::Error::Internal(status.message);
+  return guarded(kForward, [&] {
+    return to_error(forward(read_forward({args, rets, attributes}), stream));
+  });
+}
+
+ffi::Error execute_backward(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                            ffi::Dictionary attributes) {
+  return guarded(kBackward, [&] {
+    return to_error(backward(read_backward({args, rets, attributes}), stream));
   });
 }
 
 ffi::Error only_check_forward(ffi::RemainingArgs args, ffi::RemainingRets rets,
                               ffi::Dictionary attributes) {
-  return guarded([&] {
-    read_forward(args, rets, attributes);
+  return guarded(kForward, [&] {
+    read_forward({args, rets, attributes});
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error only_check_backward(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                               ffi::Dictionary attributes) {
+  return guarded(kBackward, [&] {
+    read_backward({args, rets, attributes});
     return ffi::Error::Success();
   });
 }
@@ -342,9 +440,17 @@ XLA_FFI_DEFINE_HANDLER(kInitializeHandler, initialize_device,
                            .RemainingRets()
                            .Attrs());
 
-// Command buffer compatible: it launches and does nothing else (no allocation, no query of the
+// Command buffer compatible: they launch and do nothing else (no allocation, no query of the
 // stream), and the launches follow from the operands' shapes.
 XLA_FFI_DEFINE_HANDLER(kForwardHandler, execute_forward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kBackwardHandler, execute_backward,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<CUstream_st*>>()
                            .RemainingArgs()
@@ -355,17 +461,25 @@ XLA_FFI_DEFINE_HANDLER(kForwardHandler, execute_forward,
 XLA_FFI_DEFINE_HANDLER(kForwardCheckingHandler, only_check_forward,
                        ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
 
+XLA_FFI_DEFINE_HANDLER(kBackwardCheckingHandler, only_check_backward,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
 }  // namespace
 
 std::vector<Handler> handlers() {
   return {
       {kForward, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
       {kForward, "execute", reinterpret_cast<void*>(kForwardHandler)},
+      {kBackward, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
+      {kBackward, "execute", reinterpret_cast<void*>(kBackwardHandler)},
   };
 }
 
 std::vector<Handler> checking_handlers() {
-  return {{kForward, "execute", reinterpret_cast<void*>(kForwardCheckingHandler)}};
+  return {
+      {kForward, "execute", reinterpret_cast<void*>(kForwardCheckingHandler)},
+      {kBackward, "execute", reinterpret_cast<void*>(kBackwardCheckingHandler)},
+  };
 }
 
 }  // namespace jax_flashkda

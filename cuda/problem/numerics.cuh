@@ -28,6 +28,13 @@ __device__ __forceinline__ float beta_value(float beta, bool is_logits, bool all
   return allow_neg_eigval ? 2.0f * sigmoid : sigmoid;
 }
 
+// The backward divides by beta. What it takes for zero instead changes nothing above rounding. A NaN
+// stays one.
+__device__ __forceinline__ float nonzero_beta(float beta) {
+  constexpr float kSmallest = 0x1p-60f;
+  return fabsf(beta) < kSmallest ? copysignf(kSmallest, beta) : beta;
+}
+
 // 16-byte piece `piece` of row `row` in a tile whose 128-byte rows are swizzled as the tensor cores
 // expect: the pieces of eight consecutive rows fall into different banks.
 __host__ __device__ __forceinline__ constexpr int swizzle128(int row, int piece) {

@@ -57,6 +57,25 @@ struct ForwardParams {
   float scale;
   bool has_padding_segment_id;
   int32_t padding_segment_id;
+  bool nonzero_beta;  // the backward divides by beta: |beta| < 2^-60 counts as 2^-60 of its sign
+};
+
+// The gradients of one forward call. Everything is recomputed from the forward's inputs.
+struct BackwardParams {
+  ForwardParams forward;  // o and final_state null, nonzero_beta set; workspace is that of
+                          // backward_workspace(shape)
+
+  const void* d_o;             // [B, T, HV, V]     type of v
+  const float* d_final_state;  // [B, N, HV, K, V]  may be null: zero
+
+  void* dq;                // [B, T, H, K]
+  void* dk;                // [B, T, H, K]
+  void* dv;                // [B, T, HV, V]
+  void* dg;                // [B, T, HV, K]     type of g
+  void* d_beta;            // [B, T, HV]        type of beta
+  float* dA_log;           // [B, HV]           null where the call has no A_log
+  float* d_dt_bias;        // [B, HV, K]        null where the call has no dt_bias
+  float* d_initial_state;  // [B, N, HV, K, V]  null where the call has no initial_state
 };
 
 }  // namespace jax_flashkda

@@ -1,4 +1,4 @@
-// The only place that knows what lies where in the forward's scratch buffer, and how large it is.
+// The only place that knows what lies where in the scratch buffers, and how large they are.
 // Sizes follow from static shapes alone: segments decide how many chunks there are, never how many
 // bytes. So per-token operands are stored as rows of their token, and a chunk's tile is the rows of
 // its tokens.
@@ -88,29 +88,86 @@ struct ForwardWorkspace {
   int64_t bytes;
 };
 
-inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
-  ForwardWorkspace w{};
+// Hands out aligned places one behind the other.
+struct WorkspaceLayout {
   int64_t end = 0;
-  auto take = [&end](int64_t bytes) {
-    int64_t at = end;
+
+  int64_t take(int64_t bytes) {
+    const int64_t at = end;
     end += (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
     return at;
-  };
+  }
+};
+
+inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
+  ForwardWorkspace w{};
+  WorkspaceLayout layout;
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
-  w.operands = take(head_tokens * kOperandBytes);
+  w.operands = layout.take(head_tokens * kOperandBytes);
   // A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row
   // shares. A shorter chunk ends its segment, so its decay matters to a final state alone: it uses
   // the slot of its segment behind those.
   w.decay_slots = (shape.T + kChunk - 1) / kChunk + shape.N;
-  w.chunk_decay = take(shape.B * shape.HV * w.decay_slots * shape.K * 4);
+  w.chunk_decay = layout.take(shape.B * shape.HV * w.decay_slots * shape.K * 4);
   if (shape.has_segment_ids) {
-    w.chunk_table = take(shape.B * shape.T * static_cast<int64_t>(sizeof(ChunkEntry)));
-    w.segment_table = take(shape.B * shape.T * static_cast<int64_t>(sizeof(SegmentEntry)));
-    w.counts = take(static_cast<int64_t>(sizeof(TableCounts)));
-    w.row_segments = take(shape.B * 4);
-    w.table_blocks = take(kMostTableBlocks * static_cast<int64_t>(sizeof(TableBlock)));
+    w.chunk_table = layout.take(shape.B * shape.T * static_cast<int64_t>(sizeof(ChunkEntry)));
+    w.segment_table = layout.take(shape.B * shape.T * static_cast<int64_t>(sizeof(SegmentEntry)));
+    w.counts = layout.take(static_cast<int64_t>(sizeof(TableCounts)));
+    w.row_segments = layout.take(shape.B * 4);
+    w.table_blocks = layout.take(kMostTableBlocks * static_cast<int64_t>(sizeof(TableBlock)));
   }
-  w.bytes = end;
+  w.bytes = layout.end;
+  return w;
+}
+
+// The state, or its gradient, between two chunks of one segment, of which the second starts at
+// token t: two halves of 64 channels; a half is V rows of 64 bf16 channels, swizzled by swizzle128.
+// Boundaries of a row are at least kChunk apart, so it has slot t / kChunk to itself.
+inline constexpr int64_t kBoundaryBytes = 128 * 128 * 2;
+
+// A CTA's sums over its chunks, for one row and head: d_dt_bias of each channel, then dA_log.
+inline constexpr int64_t gradient_partial_floats(const ForwardShape& shape) { return shape.K + 1; }
+
+// CTAs of a value head in the gradient stage, of which number i takes chunks i, i + CTAs, ..: two
+// for each multiprocessor of the largest device, whatever the device, so that sums over chunks have
+// one order. None without tokens.
+inline int64_t gradient_ctas_per_head(const ForwardShape& shape) {
+  constexpr int64_t kCtas = 2 * 132;
+  const int64_t most_chunks =
+      shape.has_segment_ids ? shape.B * shape.T : shape.B * ((shape.T + kChunk - 1) / kChunk);
+  const int64_t ctas = shape.HV < kCtas ? (kCtas + shape.HV - 1) / shape.HV : 1;
+  return ctas < most_chunks ? ctas : most_chunks;
+}
+
+// Offsets in bytes. The forward's workspace comes first: its stages run here unchanged.
+struct BackwardWorkspace {
+  ForwardWorkspace forward;
+  int64_t states;            // [B, HV, boundary_slots] of kBoundaryBytes
+  int64_t state_gradients;   // [B, HV, boundary_slots] of kBoundaryBytes
+  int64_t corrected_values;  // [B, T, HV, V] bf16  U
+  int64_t head_gradients_q;  // [B, T, HV, K] f32   dq before its sum over a group, with HV > H
+  int64_t head_gradients_k;  // [B, T, HV, K] f32   dk likewise
+  int64_t partials;          // [gradient_ctas_per_head, B, HV] of gradient_partial_floats
+  int64_t boundary_slots;    // a count, not an offset
+  int64_t bytes;
+};
+
+inline BackwardWorkspace backward_workspace(const ForwardShape& shape) {
+  BackwardWorkspace w{};
+  w.forward = forward_workspace(shape);
+  WorkspaceLayout layout{w.forward.bytes};
+  const int64_t head_tokens = shape.B * shape.HV * shape.T;
+  w.boundary_slots = (shape.T + kChunk - 1) / kChunk;
+  w.states = layout.take(shape.B * shape.HV * w.boundary_slots * kBoundaryBytes);
+  w.state_gradients = layout.take(shape.B * shape.HV * w.boundary_slots * kBoundaryBytes);
+  w.corrected_values = layout.take(head_tokens * shape.V * 2);
+  if (shape.HV > shape.H) {
+    w.head_gradients_q = layout.take(head_tokens * shape.K * 4);
+    w.head_gradients_k = layout.take(head_tokens * shape.K * 4);
+  }
+  w.partials = layout.take(gradient_ctas_per_head(shape) * shape.B * shape.HV *
+                           gradient_partial_floats(shape) * 4);
+  w.bytes = layout.end;
   return w;
 }
 

@@ -43,7 +43,9 @@ Status initialize(int device) {
   DeviceScope scope(device);
   if (!scope.status().ok()) return scope.status();
   if (Status s = initialize_chunk_prepare(); !s.ok()) return s;
-  return initialize_chunk_state_output();
+  if (Status s = initialize_chunk_state_output(); !s.ok()) return s;
+  if (Status s = initialize_chunk_state_gradient(); !s.ok()) return s;
+  return initialize_chunk_gradient();
 }
 
 }  // namespace jax_flashkda::sm90

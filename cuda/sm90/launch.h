@@ -15,6 +15,8 @@ Status initialize(int device);
 // The limits of one stage, on the current device.
 Status initialize_chunk_prepare();
 Status initialize_chunk_state_output();
+Status initialize_chunk_state_gradient();
+Status initialize_chunk_gradient();
 
 // Segments and chunks of every row, from segment_ids.
 Status launch_segment_table(const ForwardParams& params, const ForwardWorkspace& workspace,
@@ -26,5 +28,19 @@ Status launch_chunk_prepare(const ForwardParams& params, const ForwardWorkspace&
                             CUstream_st* stream);
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
+
+// The backward, behind segment_table and chunk_prepare of params.forward.
+// Walks each segment forwards, for the states at its boundaries and the corrected values, and
+// backwards, for the state gradients at its boundaries, dv and d_initial_state.
+Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                   CUstream_st* stream);
+// All chunks at once: dq, dk (of each value head where HV > H), dg, d_beta, partial sums of dA_log
+// and d_dt_bias; and zeros for padding, in dv too.
+Status launch_chunk_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
+                             CUstream_st* stream);
+// The sums left over, in a fixed order: dA_log and d_dt_bias (zero without tokens); dq and dk where
+// HV > H.
+Status launch_gradient_reduce(const BackwardParams& params, const BackwardWorkspace& workspace,
+                              CUstream_st* stream);
 
 }  // namespace jax_flashkda::sm90

@@ -34,9 +34,9 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t shared,
   return address | (columns << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
 
-// One warpgroup: c[64x64] {+}= a[64x16] b[16x64]; b has
-// 64 rows of N, K along the row.
-template <bool Accumulate>
+// One warpgroup: c[64x64] {+}= a[64x16] b[16x64]; b has 64 rows of N, K along the row, or
+// transposed 16 rows of K, N along the row.
+template <bool Accumulate, bool Transposed = false>
 __device__ __forceinline__ void wgmma_64x64(float (&c)[32], uint32_t a0, uint32_t a1, uint32_t a2,
                                             uint32_t a3, uint64_t b) {
   asm volatile(
@@ -44,13 +44,14 @@ __device__ __forceinline__ void wgmma_64x64(float (&c)[32], uint32_t a0, uint32_
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 0;\n}"
+      "{%32, %33, %34, %35}, %36, accumulate, 1, 1, %38;\n}"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),
         "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]),
         "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]),
         "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]),
         "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(Accumulate ? 1 : 0));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(Accumulate ? 1 : 0),
+        "n"(Transposed ? 1 : 0));
 }
 
 // One warpgroup: c[64x128] {+}= a[64x16] b[16x128]; b has

@@ -1,8 +1,7 @@
-// The chunks of a CTA, and what its threads read for one.
+// The chunks of a CTA, and what it reads for one.
 #pragma once
 
-#include <type_traits>
-
+#include "chunk/gate.cuh"
 #include "core/ptx.cuh"
 #include "problem/numerics.cuh"
 #include "problem/segments.cuh"
@@ -10,165 +9,169 @@
 
 namespace jax_flashkda::chunk_prepare {
 
-using Rows = uint2[Config::kStrip];  // a lane's 4 channels of its strip's tokens, bf16
-using DecayRows = float[Config::kStrip][Config::kChannels];  // the same of the log2 decay
-
-__device__ __forceinline__ int64_t query_head(const ForwardShape& shape, int64_t value_head) {
-  return static_cast<uint32_t>(value_head) /
-         (static_cast<uint32_t>(shape.HV) / static_cast<uint32_t>(shape.H));
-}
-
 // What a warp knows of the strip it owns.
 struct Strip {
   int warp, lane, channel;
-  int rows;       // tokens that exist, 0 .. 8
-  int64_t token;  // row * T + first token of the strip
+  int rows;  // tokens that exist, at most kStrip; 0 or less: none
+  __device__ explicit Strip(int length)
+      : warp(thread_index() / 32),
+        lane(thread_index() % 32),
+        channel(Config::kChannels * lane),
+        rows(length - Config::kStrip * warp) {}
+  __device__ int block() const { return warp / Config::kStripsOfBlock; }
+  __device__ int row(int r) const { return Config::kStrip * warp + r; }  // of the chunk
+  // Of the lane's channels in row r, from the start of a tile of the block.
+  __device__ int tile_place(int r) const {
+    const int row = Config::kStrip * (warp % Config::kStripsOfBlock);
+    return ((tile_offset(row, lane >> 1) + 8 * (lane & 1)) ^ (r << 4)) + r * Config::kRowBytes;
+  }
 };
 
-__device__ __forceinline__ Strip strip_of(const ForwardShape& shape, const Chunk& chunk) {
-  Strip strip;
-  strip.warp = threadIdx.x / 32;
-  strip.lane = threadIdx.x % 32;
-  strip.channel = Config::kChannels * strip.lane;
-  strip.rows = min(max(chunk.length - Config::kStrip * strip.warp, 0), Config::kStrip);
-  strip.token =
-      static_cast<int64_t>(chunk.row) * shape.T + chunk.start + Config::kStrip * strip.warp;
-  return strip;
-}
-
-// What a thread reads for a chunk, as it comes from memory: loaded while the chunk before is still
-// being worked on.
+// Rows of q, k and g of a chunk to shared memory, in the background; zeros behind its end.
 template <DType kGateType>
-struct Inputs {
-  using GateWord = std::conditional_t<kGateType == DType::kBF16, uint2, uint4>;  // 4 channels
-  Rows q, k;
-  GateWord g[Config::kStrip];
-  uint32_t
-      scalar;  // threads 0 .. 127: dt_bias of that channel; 128 .. 191: beta of a token; 192: A_log
-};
-
-template <class Word>
-__device__ __forceinline__ void load_rows(Word (&x)[Config::kStrip], const void* base, int64_t row,
-                                          int64_t heads, int channel, int rows) {
-  constexpr int kBytes = sizeof(Word) / Config::kChannels;
-  const char* from = static_cast<const char*>(base) + (row * Config::kHeadDim + channel) * kBytes;
-  const int64_t stride = heads * Config::kHeadDim * kBytes;
-  if (rows == Config::kStrip) {
+__device__ __forceinline__ void stage_inputs(Config::Shared& s, const ForwardParams& p,
+                                             const Item& item) {
+  constexpr int kPieces = Config::kRowBytes / 16, kRows = Config::kThreads / kPieces;
+  static_assert(kRows == 2 * kBlock);
+  const uint32_t thread = thread_index(), row = thread / kPieces, piece = thread % kPieces;
+  const int to = (row / kBlock) * kTileBytes + tile_offset(row % kBlock, piece);
 #pragma unroll
-    for (int r = 0; r < Config::kStrip; ++r) {
-      x[r] = load_early(reinterpret_cast<const Word*>(from));
-      from += stride;
-      asm volatile(
-          ""
-          : "+l"(
-              from));  // one running pointer: eight of them at once would not fit beside the loads
-    }
-  } else {
-#pragma unroll
-    for (int r = 0; r < Config::kStrip; ++r) {
-      x[r] = Word{};
-      if (r < rows) x[r] = load_early(reinterpret_cast<const Word*>(from));
-      from += stride;
-      asm volatile("" : "+l"(from));
-    }
+  for (int half = 0; half < 2; ++half) {
+    const int32_t token = static_cast<int32_t>(row) + half * kRows;
+    const bool exists = token < item.length;
+    const int64_t within = min(token, item.length - 1);  // an address that exists in any case
+    auto stage = [&](uint8_t (&tiles)[Config::kBlocks][kTileBytes], const void* from, int64_t at) {
+      async_load_16(&tiles[2 * half][to],
+                    static_cast<const uint8_t*>(from) + at * Config::kRowBytes + 16 * piece, exists);
+    };
+    if constexpr (kGateType == DType::kBF16)
+      stage(s.g, p.g, item.value_row + within * p.shape.HV);
+    const int64_t qk_row = item.qk_row + within * p.shape.H;
+    stage(s.k, p.k, qk_row);
+    stage(s.q, p.q, qk_row);
   }
 }
 
-__device__ __forceinline__ uint32_t load_scalar(const ForwardParams& p, const Chunk& chunk,
-                                                int64_t head) {
-  const int64_t gate_head = int64_t{chunk.row} * p.shape.HV + head;
-  const int thread = threadIdx.x, token = thread - Config::kHeadDim;
-  if (chunk.length == 0) return 0;
-  if (token < 0)
-    return p.dt_bias != nullptr ? load_early(reinterpret_cast<const uint32_t*>(
-                                      p.dt_bias + gate_head * Config::kHeadDim + thread))
-                                : 0;
-  if (token == kChunk)
-    return p.A_log != nullptr ? load_early(reinterpret_cast<const uint32_t*>(p.A_log + gate_head))
-                              : 0;
-  if (token >= chunk.length) return 0;
-  const int64_t at = (int64_t{chunk.row} * p.shape.T + chunk.start + token) * p.shape.HV + head;
-  if (p.beta_dtype == DType::kBF16) return load_early(static_cast<const uint16_t*>(p.beta) + at);
-  return load_early(static_cast<const uint32_t*>(p.beta) + at);
+// A lane's four channels of a staged row.
+__device__ __forceinline__ void unpack(float (&x)[4], uint2 packed) {
+  x[0] = bf16_low(packed.x);
+  x[1] = bf16_high(packed.x);
+  x[2] = bf16_low(packed.y);
+  x[3] = bf16_high(packed.y);
+}
+__device__ __forceinline__ uint2 staged_row(const uint8_t (&tiles)[Config::kBlocks][kTileBytes],
+                                            const Strip& strip, int r) {
+  return *reinterpret_cast<const uint2*>(&tiles[strip.block()][strip.tile_place(r)]);
 }
 
-__device__ __forceinline__ void publish_scalar(Config::Shared::Scalars& s, uint32_t scalar,
-                                               const ForwardParams& p, int length) {
-  const int thread = threadIdx.x, token = thread - Config::kHeadDim;
+// The scalars of an item, on their way while the last one is finished. Threads 0 .. 127: dt_bias of
+// a channel, and A_log; 128 .. 191: beta of a token.
+struct Scalars {
+  uint32_t dt_bias_or_beta = 0;
+  uint32_t A_log = 0;
+};
+__device__ __forceinline__ Scalars load_scalars(const ForwardParams& p, const Item& item) {
+  const int thread = thread_index(), token = thread - Config::kHeadDim;
+  Scalars scalars;
   if (token < 0) {
-    s.dt_bias[thread] = __uint_as_float(scalar);
-  } else if (token < kChunk) {
-    const float beta = __uint_as_float(p.beta_dtype == DType::kBF16 ? scalar << 16 : scalar);
-    s.beta[token] = token < length ? beta_value(beta, p.beta_is_logits, p.allow_neg_eigval) : 0.0f;
-  } else if (token == kChunk) {
-    s.amplitude = expf(__uint_as_float(scalar));
+    if (p.dt_bias != nullptr)
+      scalars.dt_bias_or_beta = load_early(reinterpret_cast<const uint32_t*>(p.dt_bias) +
+                                           int64_t{item.gate_row} * Config::kHeadDim + thread);
+    if (p.A_log != nullptr)
+      scalars.A_log = load_early(reinterpret_cast<const uint32_t*>(p.A_log) + item.gate_row);
+  } else if (token < kChunk && token < item.length) {
+    const int64_t at = item.value_row + token * p.shape.HV;
+    scalars.dt_bias_or_beta = p.beta_dtype == DType::kBF16
+                                  ? load_early(static_cast<const uint16_t*>(p.beta) + at)
+                                  : load_early(static_cast<const uint32_t*>(p.beta) + at);
   }
+  return scalars;
+}
+__device__ __forceinline__ void publish_gate(Config::Shared& s, const Scalars& scalars,
+                                             const ForwardParams& p) {
+  const uint32_t channel = thread_index();
+  if (channel >= Config::kHeadDim) return;
+  const GateCoefficients c =
+      gate_coefficients(p.gate, expf(__uint_as_float(scalars.A_log)),
+                        __uint_as_float(scalars.dt_bias_or_beta), p.gate_lower_bound);
+  s.gate_offset[channel] = c.offset;
+  if (channel == 0) s.gate_slope = c.slope, s.gate_amplitude = c.amplitude;
+}
+__device__ __forceinline__ void publish_beta(Config::Shared& s, const Scalars& scalars,
+                                             const ForwardParams& p, int length) {
+  const int token = static_cast<int>(thread_index()) - Config::kHeadDim;
+  if (token < 0 || token >= kChunk) return;
+  const uint32_t word = scalars.dt_bias_or_beta;
+  const float raw = __uint_as_float(p.beta_dtype == DType::kBF16 ? word << 16 : word);
+  const float beta = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
+  s.beta[token] = token < length ? p.nonzero_beta ? nonzero_beta(beta) : beta : 0.0f;
 }
 
-template <DType kGateType>
-__device__ __forceinline__ void load_inputs(Inputs<kGateType>& in, const ForwardParams& p,
-                                            const Chunk& chunk, int64_t head) {
-  const Strip strip = strip_of(p.shape, chunk);
-  const int64_t qk_row = strip.token * p.shape.H + query_head(p.shape, head);
-  in.scalar = load_scalar(p, chunk, head);
-  load_rows(in.g, p.g, strip.token * p.shape.HV + head, p.shape.HV, strip.channel, strip.rows);
-  load_rows(in.k, p.k, qk_row, p.shape.H, strip.channel, strip.rows);
-  load_rows(in.q, p.q, qk_row, p.shape.H, strip.channel, strip.rows);
+// The CTA's share of the items: it counts through the heads of a chunk, then the chunks, in steps of
+// the grid's size. One warp walks; where it is lies in shared memory, not in everybody's registers.
+__device__ __forceinline__ void start_walk(Config::Walk& walk, const ForwardParams& p,
+                                           const ForwardWorkspace& w) {
+  const int64_t T = p.shape.T;
+  int64_t chunks = p.shape.B * ((T + kChunk - 1) / kChunk);  // below 2^31
+  if (p.shape.has_segment_ids) {
+    const uint8_t* counts = static_cast<const uint8_t*>(p.workspace) + w.counts;
+    chunks = clamp_to<int64_t>(reinterpret_cast<const TableCounts*>(counts)->chunks, 0,
+                               p.shape.B * T);
+  }
+  const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
+  walk = {static_cast<uint32_t>(chunks), blockIdx.x / heads, blockIdx.x % heads};
 }
 
-__device__ __forceinline__ void clear_output(const ForwardParams& p, const Chunk& chunk,
-                                             int64_t head) {
-  for (int at = threadIdx.x; at < chunk.length * 16; at += Config::kThreads) {
-    const int64_t token = int64_t{chunk.row} * p.shape.T + chunk.start + (at >> 4);
-    reinterpret_cast<uint4*>(p.o)[(token * p.shape.HV + head) * 16 + (at & 15)] =
-        make_uint4(0, 0, 0, 0);
-  }
+__device__ __forceinline__ Item item_of(const ForwardParams& p, const ForwardWorkspace& w,
+                                        const Chunk& chunk, uint32_t head) {
+  const ForwardShape& shape = p.shape;
+  const int64_t token = int64_t{chunk.row} * shape.T + chunk.start;
+  const uint32_t group = static_cast<uint32_t>(shape.HV) / static_cast<uint32_t>(shape.H);
+  Item item;
+  item.qk_row = token * shape.H + head / group;
+  item.value_row = token * shape.HV + head;
+  item.gate_row = static_cast<int32_t>(chunk.row * shape.HV + head);
+  item.operand_row = item.gate_row * shape.T + chunk.start;
+  item.decay_row = chunk.decay_slot < 0 ? -1 : item.gate_row * w.decay_slots + chunk.decay_slot;
+  item.length = chunk.length;
+  return item;
 }
 
-// The CTA's share of the items: it counts through the heads of a chunk, then the chunks, in steps
-// of the grid's size, which are a fixed number of each.
-struct Items {
-  const ForwardParams& p;
-  const ForwardWorkspace& w;
-  uint32_t heads, chunks, index, head;
+__device__ __forceinline__ void clear_output(const ForwardParams& p, const Item& item, int lane) {
+  uint4* o = reinterpret_cast<uint4*>(p.o);
+  for (int at = lane; at < item.length * 16; at += 32)
+    o[(item.value_row + (at >> 4) * p.shape.HV) * 16 + (at & 15)] = make_uint4(0, 0, 0, 0);
+}
 
-  __device__ Items(const ForwardParams& params, const ForwardWorkspace& workspace)
-      : p(params), w(workspace) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(p.workspace);
-    const bool table = p.shape.has_segment_ids;
-    const int64_t most = table ? p.shape.B * p.shape.T
-                               : p.shape.B * ((p.shape.T + kChunk - 1) / kChunk);  // below 2^31
-    chunks = static_cast<uint32_t>(
-        table ? clamp_to<int64_t>(reinterpret_cast<const TableCounts*>(bytes + w.counts)->chunks, 0,
-                                  most)
-              : most);
-    heads = static_cast<uint32_t>(p.shape.HV);
-    index = blockIdx.x / heads;
-    head = blockIdx.x % heads;
-  }
-  __device__ bool left() const { return index < chunks; }
-  __device__ Chunk chunk() const {
-    if (!p.shape.has_segment_ids) return chunk_without_table(p.shape, index);
-    const ChunkEntry* entries = reinterpret_cast<const ChunkEntry*>(
-        static_cast<const uint8_t*>(p.workspace) + w.chunk_table);
-    return chunk_from_entry(p.shape, entries[index]);
-  }
-  __device__ void advance() {
-    index += gridDim.x / heads;
-    head += gridDim.x % heads;
-    if (head < heads) return;
-    head -= heads;
-    ++index;
-  }
-  // The next chunk that is not padding; the output of padding is cleared on the way.
-  __device__ Chunk next_segment_chunk() {
-    for (; left(); advance()) {
-      const Chunk found = chunk();
-      if (!found.padding) return found;
-      clear_output(p, found, head);
+// The next item that is not padding; the output of padding, if any, is cleared on the way.
+__device__ __forceinline__ Item next_item(Config::Walk& shared_walk, const ForwardParams& p,
+                                          const ForwardWorkspace& w, int lane) {
+  const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
+  Config::Walk walk = shared_walk;
+  Item item = {};
+  while (item.length == 0 && walk.index < walk.chunks) {
+    Chunk chunk;
+    if (p.shape.has_segment_ids) {
+      const uint8_t* table = static_cast<const uint8_t*>(p.workspace) + w.chunk_table;
+      chunk = chunk_from_entry(p.shape, reinterpret_cast<const ChunkEntry*>(table)[walk.index]);
+    } else {
+      chunk = chunk_without_table(p.shape, walk.index);
     }
-    return {};
+    item = item_of(p, w, chunk, walk.head);
+    if (chunk.padding) {
+      if (p.o != nullptr) clear_output(p, item, lane);
+      item.length = 0;
+    }
+    walk.index += gridDim.x / heads;
+    walk.head += gridDim.x % heads;
+    if (walk.head >= heads) {
+      walk.head -= heads;
+      ++walk.index;
+    }
   }
-};
+  __syncwarp();  // all lanes have read where the walk was
+  if (lane == 0) shared_walk = walk;
+  return item;
+}
 
 }  // namespace jax_flashkda::chunk_prepare

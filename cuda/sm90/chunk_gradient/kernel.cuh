@@ -1,0 +1,225 @@
+// Everything that a chunk's gradients need no neighbour for, all chunks at once. With G the running
+// sum of the log decay inside the chunk, S the state at its start and dS' the state's gradient at
+// its end:
+//
+//   dq_d = scale dO S^T      dk_d = -dR S^T      dk_r = U dS'^T
+//   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)      d_beta_i = <dR_i, U_i> / beta_i^2
+//   dqn_i = exp(G_i) dq_d_i + sum over j <= i of dA_qk[i, j] exp(G_i - G_j) kn_j
+//   dkn_i = exp(G_i) dk_d_i + sum over j < i of dL[i, j] exp(G_i - G_j) kn_j         as a row
+//         + exp(G_C - G_i) dk_r_i + sum over later rows of exp(..) (dA_qk qn + dL kn)  as a column
+//   dG_i = <qn, dqn> + <kn, dkn as a row> - <kn, dkn as a column>, channel by channel
+//   d log decay_t = sum over i >= t of dG_i + exp(G_C) <S, dS'> + sum over j of kn_j exp(..) dk_r_j
+//
+// and through the gate, the norms and the sigmoid to the raw inputs, with sums over tokens for
+// dt_bias and A_log.
+//
+// Grid: gradient_ctas_per_head CTAs a value head, heads fastest; each takes every so many chunks of
+// its head. A warp owns 16 channels of all 64 tokens, everything transposed: sums over tokens stay
+// in the warp, and its elements of a product are the left operand of the next one, so factors and
+// sums never leave registers. The products over V run on the warpgroups' tensor cores from shared
+// memory; it is loaded with the next chunk as soon as they are through.
+//
+// Read: q, k, g, beta, dO, dR (which is dv), U, boundary images. Written: dq, dk, dg, d_beta, the
+// partial sums, zeros for padding. Rows behind the chunk's end are never read: they count as zeros.
+#pragma once
+
+#include "sm90/chunk_gradient/outputs.cuh"
+
+namespace jax_flashkda::chunk_gradient {
+
+// This thread's copies but the last `Pending` groups have arrived.
+template <int Pending>
+__device__ __forceinline__ void wait_for_async_loads() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+__device__ __forceinline__ void commit_async_loads() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Products over V: scores' gradients to shared memory, parts through the states to `sums`.
+template <class Shared>
+__device__ __forceinline__ void multiply_values(Sums& sums, float (&boundary_products)[2],
+                                                Shared& s, float scale, int warpgroup,
+                                                const Place& at) {
+  Elements scores;
+  fence_elements(scores);
+  fence_elements(sums.q_row);
+  fence_elements(sums.k_row);
+  fence_elements(sums.k_column);
+  wgmma_fence();
+  product_over_values<false>(scores, operand(warpgroup == 0 ? s.d_o : s.d_r), operand(s.u));
+  wgmma_commit();
+  const int half = warpgroup * static_cast<int>(kBoundaryBytes) / 2;
+  product_over_values<true>(sums.q_row, operand(s.state + half), operand(s.d_o));
+  product_over_values<true>(sums.k_row, operand(s.state + half), operand(s.d_r));
+  product_over_values<true>(sums.k_column, operand(s.state_gradient + half), operand(s.u));
+  wgmma_commit();
+  multiply_boundaries(boundary_products, s, at);
+  wgmma_wait<1>();
+  fence_elements(scores);
+  store_score_gradients(s, scores, scale, at);
+  wgmma_wait<0>();
+  fence_elements(sums.q_row);
+  fence_elements(sums.k_row);
+  fence_elements(sums.k_column);
+}
+
+// From the products and the raw inputs to gradients, in the inputs' places.
+template <DType kGateType>
+__device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums, GateSums& total,
+                                               const float (&boundary_products)[2],
+                                               const BackwardParams& b, const BackwardWorkspace& w,
+                                               const HeadGate& gate, const Item& item, int64_t head,
+                                               const Place& at) {
+  const ForwardParams& p = b.forward;
+  const int length = item.chunk.length;
+  {
+    Decays d;
+    find_decays<kGateType>(d, s, p.gate, gate, length, at);
+    Factors f;
+    find_factors(f, s, d, at);
+    float end[2];
+    refer_state_parts(sums, end, f, d, p.scale);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      end[h] = fmaf(exp2_fast(d.end_integer[h] + d.end_fraction[h]), boundary_products[h], end[h]);
+    add_score_gradients(sums, f, s, d, at);
+    finish_sums(sums, f, s, d, at);
+    sum_from_end(sums.k_column, end, at);
+  }
+  if (p.gate == Gate::kSoftplus) {
+    write_gate_gradients<Gate::kSoftplus>(s, total, sums.k_column, gate, length, at);
+  } else if (p.gate == Gate::kBounded) {
+    write_gate_gradients<Gate::kBounded>(s, total, sums.k_column, gate, length, at);
+  } else {
+    write_gate_gradients<Gate::kLogDecay>(s, total, sums.k_column, gate, length, at);
+  }
+  if (p.qk_l2norm) find_dots(s, sums, at);
+  float *head_q = nullptr, *head_k = nullptr;
+  const int64_t stride = p.shape.HV * Config::kHeadDim;
+  if (p.shape.HV != p.shape.H) {
+    uint8_t* workspace = static_cast<uint8_t*>(p.workspace);
+    const int64_t row = (item.token(p.shape) * p.shape.HV + head) * Config::kHeadDim;
+    head_q = reinterpret_cast<float*>(workspace + w.head_gradients_q) + row;
+    head_k = reinterpret_cast<float*>(workspace + w.head_gradients_k) + row;
+  }
+  write_key_gradients(s.q, s, 0, sums.q_row, p.qk_l2norm, head_q, stride, length, at);
+  write_key_gradients(s.k, s, 1, sums.k_row, p.qk_l2norm, head_k, stride, length, at);
+}
+
+template <DType kGateType>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    chunk_gradient_kernel(const __grid_constant__ BackwardParams b,
+                          const __grid_constant__ BackwardWorkspace w, int ctas_per_head) {
+  extern __shared__ uint8_t shared_bytes[];
+  Shared<kGateType>& s = *reinterpret_cast<Shared<kGateType>*>(
+      shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
+  const ForwardParams& p = b.forward;
+  const Place at = {static_cast<int>(threadIdx.x) / 32, static_cast<int>(threadIdx.x) % 32};
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128,
+                                    0);  // tells the compiler that warps do not diverge on it
+  Items items(p, w.forward, ctas_per_head);
+  const int64_t head = items.head;
+
+  // The CTA's partials: rows it meets no chunk of keep zeros.
+  const int64_t first_partial =
+                    (items.index * p.shape.B * p.shape.HV + head) * Config::kPartialFloats,
+                row_partials = p.shape.HV * Config::kPartialFloats;
+  float* partials =
+      reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + w.partials) + first_partial;
+  for (int64_t row = 0; row < p.shape.B; ++row)
+    if (threadIdx.x < Config::kPartialFloats) partials[row * row_partials + threadIdx.x] = 0.0f;
+  if (threadIdx.x == 0) {
+    mbarrier_init(&s.boundaries_full, 1);
+    fence_barrier_init();
+  }
+  __syncthreads();  // zeros and the barrier, before anybody uses them
+
+  auto clear = [&](const Item& padding) { clear_gradients(b, w, padding, head); };
+  Item item = items.next(clear);
+  if (item.exists()) load_values(s, b, w, item, head);
+  commit_async_loads();
+  if (item.exists()) load_keys<kGateType>(s, p, item, head);
+  commit_async_loads();
+  GateSums total = {};
+  for (uint32_t parity = 0; item.exists(); parity ^= 1) {
+    const HeadGate gate = load_head_gate(p, item.chunk.row, head, at);
+    wait_for_async_loads<1>();  // dO, dR, U
+    fence_async_shared();       // they and filled boundaries, before the tensor cores read them
+    mbarrier_wait(&s.boundaries_full, parity);  // the boundary images have arrived
+    __syncthreads();  // all threads' copies and fills, before the products
+
+    Sums sums;
+    float boundary_products[2];
+    multiply_values(sums, boundary_products, s, p.scale, warpgroup, at);
+    wait_for_async_loads<0>();  // q, k, g
+    __syncthreads();  // all threads' copies and score gradients; the products have read the values
+
+    const Item next = items.next(clear);
+    if (next.exists()) load_values(s, b, w, next, head);
+    commit_async_loads();
+    find_norms(s, p.qk_l2norm, at);
+    if (static_cast<int>(threadIdx.x) < item.chunk.length)
+      write_beta_gradient(b, (item.token(p.shape) + threadIdx.x) * p.shape.HV + head,
+                          s.d_r_times_u[threadIdx.x]);
+    __syncthreads();  // every warp's norms, before they are read
+    find_gradients(s, sums, total, boundary_products, b, w, gate, item, head, at);
+    __syncthreads();  // every warp's channels of the gradients, before whole rows leave
+    store_gradients(s, b, item, head);
+    if (!next.exists() || next.chunk.row != item.chunk.row)
+      add_partial(s, partials + item.chunk.row * row_partials, total, at);
+    __syncthreads();  // the gradients have been read, before inputs take their place
+    if (next.exists()) load_keys<kGateType>(s, p, next, head);
+    commit_async_loads();
+    item = next;
+  }
+}
+
+// dA_log and d_dt_bias of every row and head: the CTAs' partials, in order.
+__global__ void __launch_bounds__(Config::kReduceThreads)
+    sum_partials_kernel(const __grid_constant__ BackwardParams b,
+                        const __grid_constant__ BackwardWorkspace w, int ctas_per_head) {
+  const ForwardShape& shape = b.forward.shape;
+  const int64_t floats = Config::kPartialFloats, count = shape.B * shape.HV * floats;
+  const float* partials =
+      reinterpret_cast<const float*>(static_cast<const uint8_t*>(b.forward.workspace) + w.partials);
+  for (int64_t i = int64_t{blockIdx.x} * Config::kReduceThreads + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * Config::kReduceThreads) {
+    float sum = 0.0f;
+    for (int part = 0; part < ctas_per_head; ++part) sum += partials[part * count + i];
+    const int64_t row_head = i / floats, channel = i % floats;
+    if (channel == shape.K) {
+      if (b.dA_log != nullptr) b.dA_log[row_head] = sum;
+    } else if (b.d_dt_bias != nullptr) {
+      b.d_dt_bias[row_head * shape.K + channel] = sum;
+    }
+  }
+}
+
+// dq and dk of a query/key head: those of its value heads, in order.
+__global__ void __launch_bounds__(Config::kReduceThreads)
+    sum_head_groups_kernel(const __grid_constant__ BackwardParams b,
+                           const __grid_constant__ BackwardWorkspace w) {
+  const ForwardShape& shape = b.forward.shape;
+  const int64_t quads = shape.K / 4, group = shape.HV / shape.H,
+                count = shape.B * shape.T * shape.H * quads;
+  const uint8_t* workspace = static_cast<const uint8_t*>(b.forward.workspace);
+  for (int64_t i = int64_t{blockIdx.x} * Config::kReduceThreads + threadIdx.x; i < 2 * count;
+       i += int64_t{gridDim.x} * Config::kReduceThreads) {
+    const bool of_k = i >= count;
+    const int64_t to = of_k ? i - count : i, row_head = to / quads;
+    // Value heads of a query/key head lie side by side: token and head count on as one.
+    const float4* from = reinterpret_cast<const float4*>(
+                             workspace + (of_k ? w.head_gradients_k : w.head_gradients_q)) +
+                         row_head * group * quads + to % quads;
+    float4 sum = from[0];
+    for (int64_t head = 1; head < group; ++head) {
+      const float4 x = from[head * quads];
+      sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+    }
+    static_cast<uint2*>(of_k ? b.dk : b.dq)[to] =
+        make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
+  }
+}
+
+}  // namespace jax_flashkda::chunk_gradient

@@ -1,0 +1,391 @@
+// The backward against a float64 recurrence walked back, without XLA: every gradient, and what the
+// two scans leave for the gradient stage. Exact-size allocations, poisoned outputs and workspace, a
+// canary behind the workspace, bitwise repeats, several streams, isolation, packing and linearity.
+// Prints two lines a case; exit status 1 on failure.
+//   backward_test [--quick] [--unpoisoned]
+//   --quick: small cases alone, for compute-sanitizer. --unpoisoned: results and workspace as
+//   allocated, for initcheck.
+#include <algorithm>
+#include <random>
+#include <string>
+
+#include "backward_oracle.h"
+#include "cases.h"
+#include "problem/numerics.cuh"
+#include "problem/workspace.h"
+
+namespace {
+
+using namespace jax_flashkda;
+using oracle::Cotangents;
+
+bool poisoned = true;
+
+Cotangents make_cotangents(const Case& c) {
+  std::mt19937 generator(11);
+  std::normal_distribution<float> normal;
+  Cotangents d;
+  d.d_o.resize(c.call.v.size());
+  for (float& value : d.d_o) value = round_bf16(normal(generator));
+  if (c.want_final) {
+    d.d_final_state.resize(c.call.B * c.call.N * c.call.HV * Call::K * Call::V);
+    for (float& value : d.d_final_state) value = 0.3f * normal(generator);
+  }
+  return d;
+}
+
+// A gradient on the device, in the type of its operand.
+struct Gradient {
+  Gradient(const char* text, size_t elements, bool is_bf16)
+      : name(text), bf16(is_bf16), buffer(elements * (is_bf16 ? 2 : 4)) {}
+
+  std::vector<float> values() const {
+    if (!bf16) return buffer.download<float>();
+    std::vector<float> wide;
+    for (uint16_t bits : buffer.download<uint16_t>()) wide.push_back(bf16_value(bits));
+    return wide;
+  }
+  std::vector<uint8_t> bytes() const { return buffer.download<uint8_t>(); }
+
+  const char* name;
+  bool bf16;
+  DeviceBuffer buffer;
+};
+
+// A call on the device, and its gradients.
+struct Launch : Inputs {
+  Launch(const Case& c, const Cotangents& d)
+      : Inputs(c),
+        d_o(upload_as(d.d_o, true)),
+        d_final_state(upload_as(d.d_final_state, false)),
+        workspace(backward_workspace_bytes(params.shape)) {
+    const Call& x = c.call;
+    gradients.emplace_back("dq", x.q.size(), true);
+    gradients.emplace_back("dk", x.k.size(), true);
+    gradients.emplace_back("dv", x.v.size(), true);
+    gradients.emplace_back("dg", x.g.size(), c.g_bf16);
+    gradients.emplace_back("d_beta", x.beta.size(), c.beta_bf16);
+    gradients.emplace_back("dA_log", x.A_log.size(), false);
+    gradients.emplace_back("d_dt_bias", x.dt_bias.size(), false);
+    gradients.emplace_back("d_initial_state", x.initial_state.size(), false);
+    auto at = [&](size_t i) { return gradients[i].buffer.data(); };
+    call.forward = params;
+    call.forward.workspace = workspace.data();
+    call.d_o = d_o.data();
+    call.d_final_state = static_cast<float*>(d_final_state.data());
+    call.dq = at(0), call.dk = at(1), call.dv = at(2), call.dg = at(3), call.d_beta = at(4);
+    call.dA_log = static_cast<float*>(at(5));
+    call.d_dt_bias = static_cast<float*>(at(6));
+    call.d_initial_state = static_cast<float*>(at(7));
+  }
+
+  void poison(int byte) {
+    if (poisoned) {
+      for (Gradient& gradient : gradients) gradient.buffer.fill(byte);
+      workspace.fill(byte);
+    }
+    workspace.set_canary();
+  }
+
+  bool enqueue(cudaStream_t stream) {
+    const Status status = backward(call, stream);
+    if (!status.ok()) std::printf("  %s\n", status.message.c_str());
+    return status.ok();
+  }
+
+  bool run(int byte) {
+    poison(byte);
+    const bool launched = enqueue(nullptr);
+    CHECK_CUDA(cudaDeviceSynchronize());
+    return workspace.intact() && launched;
+  }
+
+  std::vector<std::vector<uint8_t>> bits() const {
+    std::vector<std::vector<uint8_t>> all;
+    for (const Gradient& gradient : gradients) all.push_back(gradient.bytes());
+    return all;
+  }
+
+  template <class T>
+  std::vector<T> from_workspace(int64_t offset, int64_t count) const {
+    std::vector<T> host(count);
+    const auto start = (reinterpret_cast<uintptr_t>(workspace.data()) + kWorkspaceAlignment - 1) /
+                       kWorkspaceAlignment * kWorkspaceAlignment;
+    if (count > 0)
+      CHECK_CUDA(cudaMemcpy(host.data(), reinterpret_cast<char*>(start + offset), count * sizeof(T),
+                            cudaMemcpyDeviceToHost));
+    return host;
+  }
+
+  DeviceBuffer d_o, d_final_state;
+  std::vector<Gradient> gradients;
+  Workspace workspace;
+  BackwardParams call{};
+};
+
+const std::vector<double>& truth_of(const oracle::Gradients& truth, size_t i) {
+  const std::vector<double>* all[] = {
+      &truth.dq,     &truth.dk,     &truth.dv,        &truth.dg,
+      &truth.d_beta, &truth.dA_log, &truth.d_dt_bias, &truth.d_initial_state};
+  return *all[i];
+}
+
+// The images of one scan against the states [K, V] that they are of.
+double image_error(const Launch& launch, int64_t offset, const std::vector<double>& states,
+                   const oracle::Gradients& truth) {
+  const ForwardShape& s = launch.params.shape;
+  const int64_t slots = (s.T + 63) / 64;
+  const auto images =
+      launch.from_workspace<uint16_t>(offset, s.B * s.HV * slots * kBoundaryBytes / 2);
+  std::vector<double> expected;
+  std::vector<float> got;
+  for (int64_t i = 0; i < s.B * s.HV * slots; ++i) {
+    if (!truth.is_boundary[i / s.HV / slots * slots + i % slots]) continue;
+    for (int64_t k = 0; k < 128; ++k)
+      for (int64_t v = 0; v < 128; ++v) {
+        const int64_t byte =
+            k / 64 * (kBoundaryBytes / 2) + swizzle128(int(v), int(k % 64 / 8)) + k % 8 * 2;
+        expected.push_back(states[(i * 128 + k) * 128 + v]);
+        got.push_back(bf16_value(images[i * kBoundaryBytes / 2 + byte / 2]));
+      }
+  }
+  return relative_rms(expected, [&](size_t i) { return double(got[i]); });
+}
+
+double corrected_value_error(const Launch& launch, int64_t offset, const Case& c,
+                             const oracle::Gradients& truth) {
+  const ForwardShape& s = launch.params.shape;
+  const auto rows = launch.from_workspace<uint16_t>(offset, s.B * s.T * s.HV * s.V);
+  std::vector<double> expected;
+  std::vector<float> got;
+  for (int64_t b = 0; b < s.B; ++b)
+    for (const oracle::Run& segment : oracle::runs(c.call, b))
+      for (int64_t i = 0; i < segment.length * s.HV * s.V; ++i) {
+        const int64_t at = (b * s.T + segment.start) * s.HV * s.V + i;
+        expected.push_back(truth.corrected_values[at]);
+        got.push_back(bf16_value(rows[at]));
+      }
+  return relative_rms(expected, [&](size_t i) { return double(got[i]); });
+}
+
+bool check(const Case& c) {
+  const Cotangents d = make_cotangents(c);
+  Launch launch(c, d);
+  bool good = launch.run(0xFF);  // NaN in every type
+  const oracle::Gradients truth = oracle::backward(c.call, d);
+  const BackwardWorkspace w = backward_workspace(launch.params.shape);
+  bool accurate = true;  // false for NaN
+  auto judge = [&](const char* what, double error, bool of_gate = false) {
+    const bool fine = error <= (of_gate ? c.gate_limit : c.gradient_limit);
+    std::printf("  %s %.2e%s", what, error, fine ? "" : " INACCURATE");
+    accurate &= fine;
+  };
+  std::printf("%s  (limits %.3f, %.3f)\n   ", c.name.c_str(), c.gradient_limit, c.gate_limit);
+  judge("S", image_error(launch, w.states, truth.states, truth));
+  judge("U", corrected_value_error(launch, w.corrected_values, c, truth));
+  judge("dS", image_error(launch, w.state_gradients, truth.state_gradients, truth));
+  for (size_t i = 0; i < launch.gradients.size(); ++i) {
+    const std::vector<float> got = launch.gradients[i].values();
+    if (!got.empty())
+      judge(launch.gradients[i].name,
+            relative_rms(truth_of(truth, i), [&](size_t at) { return double(got[at]); }),
+            /*of_gate=*/i >= 3 && i <= 6);
+  }
+  const auto first = launch.bits();
+  bool repeats = true;
+  for (int i = 0; i < 3; ++i) {
+    good &= launch.run(i == 0 ? 0x3C : 0xFF);
+    repeats &= launch.bits() == first;
+  }
+  std::printf("%s\n", repeats ? "" : "  NOT REPEATABLE");
+  std::fflush(stdout);
+  return good && accurate && repeats;
+}
+
+// Twice the cotangents are twice the gradients, to the bit.
+bool check_linear() {
+  Case c = packed_case("linear", 1, 2, 3, ids_from_lengths({{1, 100}, {0, 9}, {2, 70}, {3, 200}}));
+  Cotangents d = make_cotangents(c);
+  Launch once(c, d);
+  for (auto* x : {&d.d_o, &d.d_final_state})
+    for (float& value : *x) value *= 2.0f;
+  Launch twice(c, d);
+  bool good = once.run(0xFF) && twice.run(0xFF);
+  for (size_t i = 0; i < once.gradients.size(); ++i) {
+    const auto a = once.gradients[i].values(), b = twice.gradients[i].values();
+    for (size_t at = 0; at < a.size(); ++at)
+      if (2.0f * a[at] != b[at]) {
+        std::printf("  %s[%zu] is %g, and with twice the cotangents %g\n", once.gradients[i].name,
+                    at, a[at], b[at]);
+        good = false;
+        break;
+      }
+  }
+  std::printf("%-44s %s\n", "twice the cotangents", good ? "twice the bits" : "FAILED");
+  return good;
+}
+
+// One segment of a packed row against the same tokens alone: equal bits, though its neighbours and
+// the padding between them are NaN.
+bool check_packing(int64_t HV) {
+  const std::vector<std::pair<int32_t, int64_t>> layout = {{1, 70}, {0, 9},   {2, 1},  {3, 200},
+                                                           {4, 64}, {-1, 30}, {5, 129}};
+  std::vector<std::pair<int64_t, int64_t>> segments;  // start, length
+  int64_t start = 0;
+  for (const auto& [id, length] : layout) {
+    if (id > 0) segments.push_back({start, length});
+    start += length;
+  }
+  const Case packed =
+      packed_case("packed", 1, HV, int64_t(segments.size()), ids_from_lengths(layout));
+  const Cotangents d = make_cotangents(packed);
+  const int64_t state = HV * Call::K * Call::V;
+  const int64_t rows[] = {HV * 128, HV * 128, HV * 128, HV * 128, HV};  // of q, k, v, g, beta
+  bool good = true;
+  for (size_t n = 0; n < segments.size(); ++n) {
+    const auto [first, length] = segments[n];
+    Case alone = packed, poisoned_case = packed;
+    Cotangents own = d, poisoned_d = d;
+    auto cut = [&, first = first, length = length](std::vector<float>& x, int64_t row) {
+      x = std::vector<float>(x.begin() + first * row, x.begin() + (first + length) * row);
+    };
+    auto spoil = [&, first = first, length = length](std::vector<float>& x, int64_t row) {
+      std::fill_n(x.begin(), first * row, NAN);
+      std::fill(x.begin() + (first + length) * row, x.end(), NAN);
+    };
+    auto tokens = [](Case& c) {
+      Call& x = c.call;
+      return std::vector<std::vector<float>*>{&x.q, &x.k, &x.v, &x.g, &x.beta};
+    };
+    for (int i = 0; i < 5; ++i) {
+      cut(*tokens(alone)[i], rows[i]);
+      spoil(*tokens(poisoned_case)[i], rows[i]);
+    }
+    cut(own.d_o, HV * 128), spoil(poisoned_d.d_o, HV * 128);
+    alone.call.T = length, alone.call.N = 1;
+    alone.call.has_segment_ids = alone.call.has_padding_segment_id = false;
+    alone.call.segment_ids.clear();
+    for (auto [x, y] : {std::pair{&alone.call.initial_state, &poisoned_case.call.initial_state},
+                        {&own.d_final_state, &poisoned_d.d_final_state}}) {
+      *x = std::vector<float>(x->begin() + n * state, x->begin() + (n + 1) * state);
+      std::fill_n(y->begin(), n * state, NAN);
+      std::fill(y->begin() + (n + 1) * state, y->end(), NAN);
+    }
+    Launch a(packed, d), b(alone, own), c(poisoned_case, poisoned_d);
+    good &= a.run(0xFF) && b.run(0xFF) && c.run(0xFF);
+    auto same = [&, n, length = length](size_t i, int64_t row_bytes, int64_t from) {
+      const auto expected = b.gradients[i].bytes();
+      for (const Launch* other : {&a, &c}) {
+        const auto got = other->gradients[i].bytes();
+        if (std::equal(expected.begin(), expected.end(), got.begin() + from * row_bytes)) continue;
+        std::printf("  %s of segment %zu of length %ld differs from itself alone%s\n",
+                    b.gradients[i].name, n, length, other == &c ? ", beside NaN" : "");
+        good = false;
+      }
+    };
+    for (size_t i = 0; i < 5; ++i) same(i, rows[i] * 2, first);
+    same(7, state * 4, int64_t(n));
+    // Padding gets zeros, whatever it holds.
+    for (size_t i = 0; i < 5; ++i) {
+      const auto got = c.gradients[i].values();
+      int64_t t = 0;
+      for (const auto& [id, run] : layout) {
+        if (id <= 0 && std::any_of(got.begin() + t * rows[i], got.begin() + (t + run) * rows[i],
+                                   [](float x) { return x != 0.0f; })) {
+          std::printf("  %s of padding is not zero\n", c.gradients[i].name);
+          good = false;
+        }
+        t += run;
+      }
+    }
+  }
+  std::printf("%-44s %s\n",
+              ("packed equals alone, NaN neighbours, H " + std::to_string(HV)).c_str(),
+              good ? "equal bits" : "FAILED");
+  return good;
+}
+
+// beta = 0 switches a token's write off: what it would have written still has a gradient.
+bool check_zero_beta() {
+  Case c = make_case("zero beta", shape(1, 150, 1, 2));
+  for (size_t i = 0; i < c.call.beta.size(); ++i)
+    if (i % 3 != 0) c.call.beta[i] = i % 3 == 1 ? 0.0f : -0.0f;
+  return check(c);
+}
+
+bool check_streams(int rounds) {
+  const Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
+  const Cotangents d = make_cotangents(c);
+  constexpr int kStreams = 4;
+  std::vector<Launch> launches;
+  std::vector<cudaStream_t> streams(kStreams);
+  for (auto& stream : streams) {
+    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    launches.emplace_back(c, d);
+    launches.back().poison(0xFF);
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  Launch reference(c, d);
+  bool good = reference.run(0xFF);
+  const auto expected = reference.bits();
+  for (int round = 0; round < rounds; ++round) {
+    for (int i = 0; i < kStreams; ++i) good &= launches[i].enqueue(streams[i]);
+    if (round % 50 != 49 && round != rounds - 1) continue;
+    CHECK_CUDA(cudaDeviceSynchronize());
+    for (auto& launch : launches) good &= launch.bits() == expected;
+  }
+  for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
+  std::printf("%-44s %s\n", ("four streams, " + std::to_string(rounds) + " rounds").c_str(),
+              good ? "equal bits" : "FAILED");
+  return good;
+}
+
+bool check_refusals() {
+  const Case c = make_case("refusals", shape(1, 10, 1, 1));
+  Launch launch(c, make_cotangents(c));
+  auto refused = [&](auto change, const char* word) {
+    BackwardParams params = launch.call;
+    change(params);
+    const Status status = backward(params, nullptr);
+    const bool told = !status.ok() && status.message.find(word) != std::string::npos;
+    if (!told)
+      std::printf("  expected a refusal that names %s, got '%s'\n", word, status.message.c_str());
+    return told;
+  };
+  bool good = true;
+  good &= refused([](BackwardParams& p) { p.forward.shape.K = 64; }, "K = 64");
+  good &= refused([](BackwardParams& p) { p.dq = nullptr; }, "dq is missing");
+  good &= refused([](BackwardParams& p) { p.d_o = static_cast<const char*>(p.d_o) + 2; },
+                  "d_o is not aligned");
+  good &= refused([](BackwardParams& p) { p.d_dt_bias = static_cast<float*>(p.dq); }, "d_dt_bias");
+  good &= launch.run(0xFF);  // the next valid call works
+  std::printf("%-44s %s\n", "refusals", good ? "told" : "FAILED");
+  return good;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool quick = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string option = argv[i];
+    quick |= option == "--quick";
+    poisoned &= option != "--unpoisoned";
+  }
+  const Status status = initialize(0);
+  if (!status.ok()) {
+    std::printf("%s\n", status.message.c_str());
+    return 1;
+  }
+  int failures = 0, count = 0;
+  auto tally = [&](bool good) { ++count, failures += good ? 0 : 1; };
+  for (const Case& c : cases(quick)) tally(check(c));
+  tally(check_zero_beta());
+  tally(check_linear());
+  tally(check_packing(2));
+  if (!quick) tally(check_packing(70));
+  tally(check_streams(quick ? 3 : 200));
+  tally(check_refusals());
+  std::printf("%d of %d passed\n", count - failures, count);
+  return failures == 0 ? 0 : 1;
+}

@@ -7,6 +7,9 @@ minutes or ends the process costs a line in the record and nothing else. Inputs 
 (`make_inputs` of run.py), handed over on the GPU. Peers in Torch are timed by CUDA events over
 calls in a row, so where a peer's host side is slower than its kernels the host is what is timed.
 
+FLA compiles and tunes its kernels at the first call of a shape, which can take minutes: give it
+time (--peer-seconds of run.py) or a warm Triton cache.
+
 Written against fla-core 0.6.0, nvidia-cudnn-frontend 1.32.0, tokamax 0.0.17 and FlashKDA's
 flash_kda.fwd. Another version may take other arguments; the line in the record then says so.
 """
@@ -179,7 +182,9 @@ def time_peer(peer, shapes, seconds) -> dict:
         output.seek(0), errors.seek(0)
         lines = [line for line in output if line.startswith('{"peer"')]
         if "status" in ended:
-            ended = " ".join([ended, *errors.read().strip().splitlines()[-1:]])[:200]
+            words = errors.read().strip().splitlines()
+            words = [line for line in words if "Error" in line] or words
+            ended = " ".join([ended, *words[-1:]])[:200]
     results = {shape: {column(peer, gate): ended for gate in PEERS[peer][1]} for shape in shapes}
     for line in map(json.loads, lines):
         results[line["shape"]][column(peer, line["gate"])] = line["result"]

@@ -6,7 +6,8 @@
     python benchmarks/run.py --table            the table of the record
     python benchmarks/run.py --check            exit status 1 unless the record is of these sources
 
-The last two need the standard library alone. Times are of jitted calls with inputs on the device,
+The last two need the standard library alone. Peers (benchmarks/peers.py) are timed where they are
+installed, each in a process of its own. Times are of jitted calls with inputs on the device,
 raw inputs (gate, l2norm and sigmoid inside the op), bfloat16: the median over repeats of at least
 20 ms of asynchronous calls in a row, several input sets in rotation so that none is found in the L2
 cache. Calls under 0.2 ms are unrolled 32 times in one program instead.
@@ -25,6 +26,8 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "h200.json"
@@ -208,46 +211,6 @@ def time_softmax_attention(shape) -> float:
     return median_ms(call, input_sets(make, 4 * B * T * H * D * 2), repeats=5)
 
 
-def time_fla(shape, gate) -> float:
-    """flash-linear-attention's chunk_kda in Torch: CUDA events, the same kind of inputs."""
-    import numpy as np
-    import torch
-    from fla.ops.kda import chunk_kda
-
-    if not gate.startswith("softplus"):
-        raise NotImplementedError("timed with its softplus gate")
-    lengths = SHAPES[shape][4]
-
-    def make(seed):
-        arrays = make_inputs(shape, gate, seed)
-        tensors = {
-            name: torch.from_numpy(np.array(x, np.float32)).cuda()
-            for name, x in arrays.items()
-            if name != "segment_ids"
-        }
-        for name in ("q", "k", "v", "g", "beta"):
-            tensors[name] = tensors[name].bfloat16()
-        tensors["beta"] = tensors["beta"].sigmoid()
-        tensors["dt_bias"] = tensors["dt_bias"].reshape(-1)
-        if lengths is not None:
-            tensors["cu_seqlens"] = torch.tensor([0, *np.cumsum(lengths)], device="cuda")
-        return tensors
-
-    sets = [make(0), make(1)]
-    call = lambda i: chunk_kda(**sets[i % 2], use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True)
-    times = []
-    with torch.no_grad():
-        for _ in range(12):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for i in range(10):
-                call(i)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 10)
-    return statistics.median(times[3:])
-
-
 def try_time(function, *arguments):
     """Milliseconds, or the reason why there are none."""
     try:
@@ -256,17 +219,21 @@ def try_time(function, *arguments):
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
-def time_all(shapes, peers) -> dict:
+def time_all(shapes, peer_seconds) -> dict:
+    """Milliseconds, or why there are none, by shape and column. No peers with peer_seconds 0."""
     results = {}
     for shape in shapes:
         row = {gate: time_op(shape, gate) for gate in GATES}
         row = {gate: round(ms, 4) for gate, ms in row.items()}
-        if peers:
+        if peer_seconds > 0:
             row["softmax attention"] = try_time(time_softmax_attention, shape)
-            row["fla softplus fast"] = try_time(time_fla, shape, "softplus fast")
         row["floor"] = round(floor_ms(shape), 4)
         results[shape] = row
         print(shape, row, flush=True)
+    for peer in peers.PEERS if peer_seconds > 0 else ():
+        for shape, times in peers.time_peer(peer, list(shapes), peer_seconds).items():
+            results[shape] |= times
+            print(shape, times, flush=True)
     return results
 
 
@@ -317,7 +284,10 @@ def versions() -> dict:
         "jax-cuda12-plugin",
         "jax-flashkda",
         "fla-core",
+        "flash-kda",
+        "nvidia-cudnn-frontend",
         "tokamax",
+        "torch",
     ):
         try:
             found[package] = metadata.version(package)
@@ -335,15 +305,26 @@ def table(record) -> str:
     show = lambda x: (
         f"{x:.3f}" if isinstance(x, float) else "" if x is None or isinstance(x, str) else str(x)
     )
-    lines = [
-        "| shape | " + " | ".join(GATES) + " | FLA | causal softmax attention | floor |",
-        "|---|" + "---|" * (len(GATES) + 3),
+    rows = record["forward_ms"]
+    columns = [
+        peers.column(peer, gate) for peer, (_, gates) in peers.PEERS.items() for gate in gates
     ]
-    for shape, row in record["forward_ms"].items():
-        fla = row.get("fla softplus fast")
-        fla = fla if isinstance(fla, float) else FLA_KNOWN_MS.get(shape)
-        cells = [row[gate] for gate in GATES] + [fla, row.get("softmax attention"), row["floor"]]
+    columns = [*GATES, *columns, "softmax attention", "floor"]
+    # Columns without a single time go into a line below the table.
+    timed = [c for c in columns if any(isinstance(row.get(c), float) for row in rows.values())]
+    known = "fla softplus fast" not in timed
+    titles = [*timed, *(["FLA 0.5.2, known"] if known else [])]
+    lines = ["| shape | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    for shape, row in rows.items():
+        cells = [row.get(c) for c in timed] + [FLA_KNOWN_MS.get(shape)] * known
         lines.append(f"| {shape} | " + " | ".join(map(show, cells)) + " |")
+    lines.append("")
+    for peer, (work, gates) in peers.PEERS.items():
+        lines.append(f"* {peer}: {work}")
+        for gate in gates:
+            c = peers.column(peer, gate)
+            reasons = sorted({row[c] for row in rows.values() if isinstance(row.get(c), str)})
+            lines[-1] += "".join(f"; {gate} not timed everywhere: {reason}" for reason in reasons)
     return "\n".join(lines)
 
 
@@ -355,6 +336,9 @@ def main():
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument(
+        "--peer-seconds", type=int, default=240, help="time limit of a peer, all shapes together"
+    )
     parser.add_argument("--only", nargs="*", choices=SHAPES, metavar="SHAPE")
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument(
@@ -371,17 +355,18 @@ def main():
     if options.table:
         print(table(json.loads(RECORD.read_text())))
         return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers share the memory
+    peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only:
-        print(table({"forward_ms": time_all(options.only, not options.no_peers)}))
+        print(table({"forward_ms": time_all(options.only, peer_seconds)}))
         return
     tests = None if options.no_tests else run_tests(options.pytest)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     record = {
         "digest": digest(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "tests": tests,
-        "forward_ms": time_all(SHAPES, not options.no_peers),
+        "forward_ms": time_all(SHAPES, peer_seconds),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n")

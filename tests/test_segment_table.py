@@ -23,8 +23,9 @@ class Tables:
 
     def __init__(self, folder):
         program = folder / "segment_table_host"
-        command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        command += ["-fsanitize=undefined,address", "-fno-sanitize-recover=all"]
+        command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
+        command += ["-Wno-unknown-pragmas", "-fsanitize=undefined,address"]
+        command += ["-fno-sanitize-recover=all"]
         command += [f"-I{ROOT / 'cuda'}", ROOT / "tests" / "segment_table_host.cc"]
         subprocess.run([*command, "-o", program], check=True, timeout=300)
         self._process = subprocess.Popen(

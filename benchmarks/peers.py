@@ -1,0 +1,217 @@
+"""Times other implementations of the op, those that are installed: benchmarks/run.py calls this.
+
+    python benchmarks/peers.py PEER [SHAPE ...]    a line of JSON for each time, once it is there
+
+Each peer runs in a process of its own under a time limit: one that is missing, fails, compiles for
+minutes or ends the process costs a line in the record and nothing else. Inputs are those of the op
+(`make_inputs` of run.py), handed over on the GPU. Peers in Torch are timed by CUDA events over
+calls in a row, so where a peer's host side is slower than its kernels the host is what is timed.
+
+FLA compiles and tunes its kernels at the first call of a shape, which can take minutes: give it
+time (--peer-seconds of run.py) or a warm Triton cache.
+
+Written against fla-core 0.6.0, nvidia-cudnn-frontend 1.32.0, tokamax 0.0.17 and FlashKDA's
+flash_kda.fwd. Another version may take other arguments; the line in the record then says so.
+"""
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# name: (what of the work it does, gates it is timed with). "raw": the norms of q and k, the gate
+# and the sigmoid of beta are its own work, as they are the op's.
+PEERS = {
+    "fla": ("raw", ("softplus fast", "bounded fast")),
+    "flash_kda": ("raw; bf16 state", ("bounded fast",)),
+    "cudnn": ("raw", ("bounded fast", "bounded slow")),
+    "tokamax": ("raw, but beta after its sigmoid", ("bounded fast",)),
+}
+LOWER_BOUND = -5.0
+
+
+def _torch_inputs(shape, gate):
+    """Two sets as Torch tensors [B, T, heads, D], and the borders of the segments or None."""
+    import numpy as np
+    import run
+    import torch
+
+    sets = []
+    for seed in range(2):
+        arrays = run.make_inputs(shape, gate, seed)
+        arrays.pop("segment_ids", None)
+        # Copies: these outlive the JAX arrays.
+        sets.append({name: torch.from_dlpack(x).clone() for name, x in arrays.items()})
+    lengths = run.SHAPES[shape][4]
+    return sets, None if lengths is None else torch.tensor([0, *np.cumsum(lengths)], device="cuda")
+
+
+def _events_ms(call) -> float:
+    """Median of a call, from events around ten of them."""
+    import torch
+
+    times = []
+    with torch.no_grad():
+        for _ in range(12):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for i in range(10):
+                call(i)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 10)
+    return statistics.median(times[3:])
+
+
+def time_fla(shape, gate) -> float:
+    from fla.ops.kda import chunk_kda
+
+    sets, borders = _torch_inputs(shape, gate)
+    for tensors in sets:
+        tensors["dt_bias"] = tensors["dt_bias"].reshape(-1)
+    options = dict(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True)
+    options |= dict(use_beta_sigmoid_in_kernel=True, cu_seqlens=borders)
+    if gate.startswith("bounded"):
+        options |= dict(safe_gate=True, lower_bound=LOWER_BOUND)
+    return _events_ms(lambda i: chunk_kda(**sets[i % 2], **options))
+
+
+def time_flash_kda(shape, gate) -> float:
+    import flash_kda
+    import torch
+
+    _refuse_grouped_heads(shape)
+    sets, borders = _torch_inputs(shape, gate)
+    out = torch.empty_like(sets[0]["v"])
+    scale = out.shape[-1] ** -0.5
+    return _events_ms(
+        lambda i: flash_kda.fwd(
+            **sets[i % 2], scale=scale, out=out, lower_bound=LOWER_BOUND, cu_seqlens=borders
+        )
+    )
+
+
+def time_cudnn(shape, gate) -> float:
+    import torch
+    from cudnn.linear_attention import kimi_delta_attention
+
+    sets, borders = _torch_inputs(shape, gate)
+    B, T = sets[0]["q"].shape[:2]
+    if borders is None:
+        borders = torch.arange(B + 1, device="cuda") * T
+    for tensors in sets:
+        tensors["a_log"] = tensors.pop("A_log")
+        for name in ("q", "k", "v", "g", "beta"):  # tokens of all rows one behind the other
+            tensors[name] = tensors[name].flatten(0, 1)
+    options = dict(cu_seqlens=borders.int(), use_qk_l2norm_in_kernel=True)
+    options |= dict(use_beta_sigmoid_in_kernel=True, safe_gate=True, gate_lower_bound=LOWER_BOUND)
+    return _events_ms(lambda i: kimi_delta_attention(**sets[i % 2], **options))
+
+
+def time_tokamax(shape, gate) -> float:
+    """Its chunked form in JAX; inputs in its own layout, heads first."""
+    import jax
+    import jax.numpy as jnp
+    import run
+    from tokamax.ops import kimi_delta_attention
+
+    _refuse_grouped_heads(shape)
+    B, T, H, _, lengths = run.SHAPES[shape]
+    options = dict(scale=run.D**-0.5, use_qk_l2norm=True, use_gate_in_kernel=True)
+    options |= dict(lower_bound=LOWER_BOUND, implementation="xla_chunked")
+    if lengths is not None:
+        options["max_num_segments"] = len(lengths)
+
+    @jax.jit
+    def call(arrays):
+        return kimi_delta_attention(**arrays, **options)[0]
+
+    @jax.jit
+    def heads_first(x):
+        return jnp.moveaxis(x, 2, 0)
+
+    def make(seed):
+        arrays = run.make_inputs(shape, gate, seed)
+        made = {
+            "query": heads_first(arrays["q"]),
+            "key": heads_first(arrays["k"]),
+            "value": heads_first(arrays["v"]),
+            "gate": heads_first(arrays["g"]),
+            "beta": jax.nn.sigmoid(heads_first(arrays["beta"])),
+            "a_log": arrays["A_log"],
+            "delta_time_bias": arrays["dt_bias"].reshape(-1),
+        }
+        if lengths is not None:
+            made["segment_ids"] = arrays["segment_ids"]
+        return jax.block_until_ready(made)
+
+    return run.median_ms(call, run.input_sets(make, 5 * B * T * H * run.D * 2), repeats=3)
+
+
+def _refuse_grouped_heads(shape):
+    import run
+
+    _, _, H, HV, _ = run.SHAPES[shape]
+    if H != HV:
+        raise NotImplementedError("takes equal heads alone")
+
+
+def column(peer, gate) -> str:
+    return f"{peer} {gate}"
+
+
+def time_peer(peer, shapes, seconds) -> dict:
+    """{shape: {column: milliseconds, or why there are none}}, by a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), peer, *shapes]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=errors, start_new_session=True
+        )
+        try:
+            ended = f"the process ended with status {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its compilers too
+            process.wait()
+            ended = f"not reached within {seconds} s for all shapes"
+        output.seek(0), errors.seek(0)
+        lines = [line for line in output if line.startswith('{"peer"')]
+        if "status" in ended:
+            words = errors.read().strip().splitlines()
+            words = [line for line in words if "Error" in line] or words
+            ended = " ".join([ended, *words[-1:]])[:200]
+    results = {shape: {column(peer, gate): ended for gate in PEERS[peer][1]} for shape in shapes}
+    for line in map(json.loads, lines):
+        results[line["shape"]][column(peer, line["gate"])] = line["result"]
+    return results
+
+
+def main():
+    peer, *shapes = sys.argv[1:]
+    import run
+
+    time_one = {
+        "fla": time_fla,
+        "flash_kda": time_flash_kda,
+        "cudnn": time_cudnn,
+        "tokamax": time_tokamax,
+    }[peer]
+    for shape in shapes or run.SHAPES:
+        for gate in PEERS[peer][1]:
+            try:
+                ms = time_one(shape, gate)
+                result = round(ms, 4) if math.isfinite(ms) else f"took {ms} ms"
+            except Exception as error:  # a line of the record, whatever it is
+                text = str(error).strip().splitlines() or [""]
+                result = f"{type(error).__name__}: {text[0]}"[:200]
+            line = {"peer": peer, "shape": shape, "gate": gate, "result": result}
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The programs of tests/native that look inside the workspace, where they have been built.
+
+cmake -S . -B build -DJAX_FLASHKDA_NATIVE_TESTS=ON
+cmake --build build --target stages_test segment_table_test
+"""
+
+import pathlib
+import subprocess
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+PROGRAMS = pathlib.Path(__file__).parent.parent / "build" / "tests" / "native"
+
+
+@pytest.mark.parametrize("command", ["stages_test", "segment_table_test --untimed"])
+def test_native_program(command):
+    name, *arguments = command.split()
+    if not (PROGRAMS / name).exists():
+        pytest.skip(f"{PROGRAMS / name} has not been built")
+    done = subprocess.run(
+        [PROGRAMS / name, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -122,6 +122,7 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
         dk[i * K + n] += of_k * k[j * K + n];
         dk[j * K + n] += of_q * q[i * K + n] + of_k * k[i * K + n];
         const double pair = (of_q * q[i * K + n] + of_k * k[i * K + n]) * k[j * K + n];
+        if (j == i) continue;  // knows no decay
         dG[i * K + n] += pair;
         dG[j * K + n] -= pair;
       }

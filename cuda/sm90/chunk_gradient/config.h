@@ -37,28 +37,44 @@ struct Item {
 #endif
 };
 
-// What the two warps of the same channels tell each other. Factors are operand registers, under a
-// common reference: the halves' border.
+// What the two warps of the same channels tell each other, and what a warp keeps for itself.
 struct Exchange {
-  uint4 k_column[Config::kChannelWarps][Config::kBlocks][32];  // from the lower half
-  uint4 q_row[Config::kChannelWarps][Config::kBlocks][32];     // from the upper half
-  uint4 k_row[Config::kChannelWarps][Config::kBlocks][32];
   float boundary_product[2][Config::kHeadDim];  // <S, dS'> over half the columns of V
   float log2_decay[2][Config::kHeadDim];        // of each half
   float restored[2][Config::kHeadDim];          // sum of k_j exp(G_C - G_j) dk_r_j in each half
   float d_G[2][Config::kHeadDim];               // sum of dG in each half
+  // Reference points of each block of the chunk, as rows and as columns.
+  float row_reference[2 * Config::kBlocks][Config::kHeadDim];
+  float column_reference[2 * Config::kBlocks][Config::kHeadDim];
 };
+
+// In the place of the operands of the products over V, once those are through.
+struct Scratch {
+  // Factors of the chunk's blocks: a lane's operand registers.
+  uint4 q_row[2 * Config::kBlocks][Config::kChannelWarps][32];
+  uint4 k_row[2 * Config::kBlocks][Config::kChannelWarps][32];
+  uint4 k_column[2 * Config::kBlocks][Config::kChannelWarps][32];
+  // Of a lane's two tokens of a group and one channel: G - row reference, and 2^ it.
+  float4 decays[Config::kWarps][Config::kGroups][2][32];
+};
+
 // The two warps of the same channels meet at barriers kPairBarrier + channel warp.
 inline constexpr int kPairBarrier = 1;
 
 template <DType kGateType>
 struct Shared {
-  // What the tensor cores read: all swizzled by swizzle128.
-  alignas(1024) uint8_t state[kBoundaryBytes];           // S at the chunk's start
-  alignas(1024) uint8_t state_gradient[kBoundaryBytes];  // dS' at its end
-  alignas(1024) uint8_t d_o[2][Config::kHalfTile];       // columns of V 0 .. 63, 64 .. 127
-  alignas(1024) uint8_t d_r[2][Config::kHalfTile];
-  alignas(1024) uint8_t u[2][Config::kHalfTile];
+  // What the products over V read: all swizzled by swizzle128.
+  struct Values {
+    uint8_t state[kBoundaryBytes];           // S at the chunk's start
+    uint8_t state_gradient[kBoundaryBytes];  // dS' at its end
+    uint8_t d_o[2][Config::kHalfTile];       // columns of V 0 .. 63, 64 .. 127
+    uint8_t d_r[2][Config::kHalfTile];
+    uint8_t u[2][Config::kHalfTile];
+  };
+  union {
+    alignas(1024) Values values;
+    Scratch scratch;
+  };
   // Gradients of the scores, strictly lower: row i, columns j in 64 bf16.
   alignas(1024) uint8_t d_A_qk[Config::kHalfTile];
   alignas(1024) uint8_t d_L[Config::kHalfTile];

@@ -110,19 +110,6 @@ __device__ __forceinline__ HeadGate find_head_gate(const Shared& s, const Forwar
   return gate;
 }
 
-// Log2 decays of the thread's elements, summed over tokens.
-struct Decays {
-  float from_row[Config::kGroups][4];       // G - row reference of the token's block
-  float row_reference[Config::kBlocks][2];  // integers, of channel h
-  float span[Config::kBlocks][2];           // column reference - row reference: an integer <= 0
-  bool far[Config::kBlocks];                // pairwise exponents: one answer for the warp
-
-  __device__ float column_reference(int block, int h) const {
-    return row_reference[block][h] + span[block][h];
-  }
-  __device__ float to_column(int n, int i) const { return span[n >> 1][i >> 1] - from_row[n][i]; }
-};
-
 template <Gate kGate>
 __device__ __forceinline__ void gates_to_decays(float (&g)[2][4], const HeadGate& gate) {
 #pragma unroll
@@ -162,6 +149,14 @@ struct HalfDecays {
   __device__ float end_from(float reference) const {
     return (border() - reference + rintf(upper)) + ((lower - border()) + (upper - rintf(upper)));
   }
+};
+
+// Log2 decays of the thread's elements since their block's row reference, [n][2 h + e], and what
+// of the references others need not know.
+struct Decays {
+  Elements from_row;
+  float span[Config::kBlocks][2];  // column reference - row reference: an integer <= 0
+  bool far[Config::kBlocks];       // pairwise exponents: one answer for the warp
 };
 
 template <DType kGateType>
@@ -205,7 +200,8 @@ __device__ __forceinline__ void find_decays(Decays& d, Shared<kGateType>& s, Gat
     }
     d.far[block] = __any_sync(0xffffffffu, far);
   }
-  if ((at.lane & 3) == 0) {
+  const bool writes = (at.lane & 3) == 0;  // one of the four lanes that know a channel
+  if (writes) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       s.exchange.log2_decay[at.half()][at.channel() + 8 * h] = end[0][h] + end[1][h];
@@ -221,9 +217,13 @@ __device__ __forceinline__ void find_decays(Decays& d, Shared<kGateType>& s, Gat
     for (int block = 0; block < Config::kBlocks; ++block) {
       const bool far = d.far[block];
       const float row = rintf(fraction + (far ? 0.0f : middle[block][h])),
-                  next = rintf(fraction + end[block][h]);
-      d.row_reference[block][h] = integer + row;
-      d.span[block][h] = far ? next - row : 0.0f;
+                  next = rintf(fraction + end[block][h]), column = far ? next : row;
+      d.span[block][h] = column - row;
+      if (writes) {
+        const int i = Config::kBlocks * at.half() + block, c = at.channel() + 8 * h;
+        s.exchange.row_reference[i][c] = integer + row;
+        s.exchange.column_reference[i][c] = integer + column;
+      }
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -234,65 +234,39 @@ __device__ __forceinline__ void find_decays(Decays& d, Shared<kGateType>& s, Gat
   }
 }
 
-// A group's tokens 0 and 1 of channel h.
-struct Pair {
-  float x0, x1;
-};
-
-// The thread's elements of q and k as they enter the scores, the decays from and to the block's
-// references, and the rounded factors: the same bits whenever they are found.
-struct GroupKeys {
-  Pair q[2], k[2], down[2], up[2];           // of channel h
-  uint32_t q_row[2], k_row[2], k_column[2];  // two tokens a register
-
-  template <class Shared>
-  __device__ GroupKeys(const uint32_t (&q_raw)[4], const uint32_t (&k_raw)[4], int n,
-                       const Shared& s, const Decays& d, const Place& at) {
-    const float2 q_norm = load_norms(s, 0, n, at), k_norm = load_norms(s, 1, n, at);
+// The factors of all blocks to shared memory, rounded, as left operands: 16 channels by the 16
+// tokens of a block, register 2 m + h holds two tokens of group m.
+template <class Shared>
+__device__ __forceinline__ void write_factors(Shared& s, const Decays& d, const Place& at) {
+  Scratch& to = s.scratch;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t qs = q_raw[2 * (n & 1) + h], ks = k_raw[2 * (n & 1) + h];
-      q[h] = {bf16_low(qs) * q_norm.x, bf16_high(qs) * q_norm.y};
-      k[h] = {bf16_low(ks) * k_norm.x, bf16_high(ks) * k_norm.y};
-      down[h] = {exp2_fast(d.from_row[n][2 * h]), exp2_fast(d.from_row[n][2 * h + 1])};
-      up[h] = {exp2_fast(d.to_column(n, 2 * h)), exp2_fast(d.to_column(n, 2 * h + 1))};
-      q_row[h] = pack_bf16(q[h].x0 * down[h].x0, q[h].x1 * down[h].x1);
-      k_row[h] = pack_bf16(k[h].x0 * down[h].x0, k[h].x1 * down[h].x1);
-      k_column[h] = pack_bf16(k[h].x0 * up[h].x0, k[h].x1 * up[h].x1);
-    }
-  }
-};
-
-// 16 channels by the 16 tokens of a block, as a left operand: register 2 m + h holds two tokens of
-// group m.
-struct Operand {
-  uint32_t r[4];
-
-  Operand() = default;
-  __device__ explicit Operand(const uint4& x) : r{x.x, x.y, x.z, x.w} {}
-  __device__ uint4 words() const { return make_uint4(r[0], r[1], r[2], r[3]); }
-};
-
-// The rounded factors of a block.
-struct Factors {
-  Operand q_row, k_row, k_column;
-
-  template <class Shared>
-  __device__ Factors(int block, const Shared& s, const Decays& d, const Place& at) {
-    uint32_t q[4], k[4];
-    load_matrices_transposed(q, key_address(at, kTileQ, block));
-    load_matrices_transposed(k, key_address(at, kTileK, block));
+  for (int block = 0; block < Config::kBlocks; ++block) {
+    uint32_t q_raw[4], k_raw[4], q_row[4], k_row[4], k_column[4];
+    load_matrices_transposed(q_raw, key_address(at, kTileQ, block));
+    load_matrices_transposed(k_raw, key_address(at, kTileK, block));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      const GroupKeys keys(q, k, 2 * block + m, s, d, at);
+      const int n = 2 * block + m;
+      const float2 q_norm = load_norms(s, 0, n, at), k_norm = load_norms(s, 1, n, at);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        q_row.r[2 * m + h] = keys.q_row[h];
-        k_row.r[2 * m + h] = keys.k_row[h];
-        k_column.r[2 * m + h] = keys.k_column[h];
+        const uint32_t q = q_raw[2 * m + h], k = k_raw[2 * m + h];
+        const float from0 = d.from_row[n][2 * h], from1 = d.from_row[n][2 * h + 1],
+                    down0 = exp2_fast(from0), down1 = exp2_fast(from1), k0 = bf16_low(k) * k_norm.x,
+                    k1 = bf16_high(k) * k_norm.y;
+        q_row[2 * m + h] =
+            pack_bf16(bf16_low(q) * q_norm.x * down0, bf16_high(q) * q_norm.y * down1);
+        k_row[2 * m + h] = pack_bf16(k0 * down0, k1 * down1);
+        k_column[2 * m + h] = pack_bf16(k0 * exp2_fast(d.span[block][h] - from0),
+                                        k1 * exp2_fast(d.span[block][h] - from1));
+        to.decays[at.warp][n][h][at.lane] = make_float4(from0, from1, down0, down1);
       }
     }
+    const int i = Config::kBlocks * at.half() + block, warp = at.channel_warp();
+    to.q_row[i][warp][at.lane] = make_uint4(q_row[0], q_row[1], q_row[2], q_row[3]);
+    to.k_row[i][warp][at.lane] = make_uint4(k_row[0], k_row[1], k_row[2], k_row[3]);
+    to.k_column[i][warp][at.lane] = make_uint4(k_column[0], k_column[1], k_column[2], k_column[3]);
   }
-};
+}
 
 }  // namespace jax_flashkda::chunk_gradient

@@ -151,11 +151,12 @@ __device__ __forceinline__ void load_values(Shared& s, const BackwardParams& b,
                            static_cast<uint32_t>(kBoundaryBytes) *
                                (static_cast<int>(!item.first) + static_cast<int>(!item.last)));
     if (!item.first)
-      bulk_load(s.state, workspace + w.states + slots * kBoundaryBytes, kBoundaryBytes,
+      bulk_load(s.values.state, workspace + w.states + slots * kBoundaryBytes, kBoundaryBytes,
                 &s.boundaries_full);
     if (!item.last)
-      bulk_load(s.state_gradient, workspace + w.state_gradients + (slots + 1) * kBoundaryBytes,
-                kBoundaryBytes, &s.boundaries_full);
+      bulk_load(s.values.state_gradient,
+                workspace + w.state_gradients + (slots + 1) * kBoundaryBytes, kBoundaryBytes,
+                &s.boundaries_full);
   }
   const int64_t token = item.token(shape);
   const int64_t stride = shape.HV * Config::kRowBytes,
@@ -165,18 +166,19 @@ __device__ __forceinline__ void load_values(Shared& s, const BackwardParams& b,
   };
   const int length = item.length;
   load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(b.d_o) + at, stride, length,
-                                values(s.d_o));
+                                values(s.values.d_o));
   load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(b.dv) + at, stride, length,
-                                values(s.d_r));
-  load_tile<Config::kRowPieces>(workspace + w.corrected_values + at, stride, length, values(s.u));
+                                values(s.values.d_r));
+  load_tile<Config::kRowPieces>(workspace + w.corrected_values + at, stride, length,
+                                values(s.values.u));
   const bool slot = item.segment >= 0 && item.segment < shape.N;
   const int64_t state = ((item.row * shape.N + item.segment) * shape.HV + head) * shape.K * shape.V;
   if (item.first)
-    fill_boundary(s.state, slot && b.forward.initial_state != nullptr
-                               ? b.forward.initial_state + state
-                               : nullptr);
+    fill_boundary(s.values.state, slot && b.forward.initial_state != nullptr
+                                      ? b.forward.initial_state + state
+                                      : nullptr);
   if (item.last)
-    fill_boundary(s.state_gradient,
+    fill_boundary(s.values.state_gradient,
                   slot && b.d_final_state != nullptr ? b.d_final_state + state : nullptr);
 }
 

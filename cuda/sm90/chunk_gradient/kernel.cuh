@@ -17,7 +17,7 @@
 // its head. A warp owns 16 channels of 32 tokens, everything transposed: sums over tokens stay in the
 // warp and its neighbour, and its elements of a product are the left operand of the next one, so
 // sums never leave registers. The products over V run on the warpgroups' tensor cores from shared
-// memory; it is loaded with the next chunk as soon as they are through.
+// memory; it holds factors and decays behind them, then the next chunk's are loaded.
 //
 // Read: q, k, g, beta, dO, dR (which is dv), U, boundary images. Written: dq, dk, dg, d_beta, the
 // partial sums, zeros for padding. Rows behind the chunk's end are never read: they count as zeros.
@@ -62,14 +62,16 @@ __device__ __forceinline__ void multiply_values(Sums& sums, Shared& s, float sca
   wgmma_fence();
   const bool upper_channels = warpgroup & 1;
   const uint64_t tokens = (warpgroup >> 1) * 256;  // 32 rows of 128 bytes
-  product_over_values<false>(scores, operand(upper_channels ? s.d_r : s.d_o),
-                             operand(s.u) + tokens);
+  product_over_values<false>(scores, operand(upper_channels ? s.values.d_r : s.values.d_o),
+                             operand(s.values.u) + tokens);
   wgmma_commit();
   const int channels = upper_channels ? static_cast<int>(kBoundaryBytes) / 2 : 0;
-  product_over_values<true>(sums.q_row, operand(s.state + channels), operand(s.d_o) + tokens);
-  product_over_values<true>(sums.k_row, operand(s.state + channels), operand(s.d_r) + tokens);
-  product_over_values<true>(sums.k_column, operand(s.state_gradient + channels),
-                            operand(s.u) + tokens);
+  product_over_values<true>(sums.q_row, operand(s.values.state + channels),
+                            operand(s.values.d_o) + tokens);
+  product_over_values<true>(sums.k_row, operand(s.values.state + channels),
+                            operand(s.values.d_r) + tokens);
+  product_over_values<true>(sums.k_column, operand(s.values.state_gradient + channels),
+                            operand(s.values.u) + tokens);
   wgmma_commit();
   multiply_boundaries(s, at);
   wgmma_wait<1>();
@@ -81,26 +83,35 @@ __device__ __forceinline__ void multiply_values(Sums& sums, Shared& s, float sca
   fence_elements(sums.k_column);
 }
 
-// From the products and the raw inputs to gradients, in the inputs' places.
+// From the products and the raw inputs to gradients of the normalised q and k and of the log decay,
+// in the places of the products.
 template <DType kGateType>
-__device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums, GateSums& total,
-                                               const BackwardParams& b, const BackwardWorkspace& w,
-                                               const Item& item, int64_t head, const Place& at) {
+__device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums,
+                                               const ForwardParams& p, int length,
+                                               const Place& at) {
+  Decays d;
+  find_decays<kGateType>(d, s, p.gate, find_head_gate(s, p, at), length, at);
+  write_factors(s, d, at);
+  meet_pair(at);  // both halves' factors and references, before either warp reads the other's
+  ChannelSums<Shared<kGateType>> channels{sums, s, d, at};
+  channels.refer_rows(p.scale);
+  Columns columns = {};
+  add_scores(sums, columns, s, d, at);
+#pragma unroll
+  for (int block = 0; block < Config::kBlocks; ++block) channels.finish(block, columns[block]);
+  channels.add_other_tokens();
+  if (p.qk_l2norm) find_dot_parts(s, sums, at);
+}
+
+// Through the gate and the norms, in the places of the raw inputs.
+template <DType kGateType>
+__device__ __forceinline__ void write_gradients(Shared<kGateType>& s, const Sums& sums,
+                                                GateSums& total, const BackwardParams& b,
+                                                const BackwardWorkspace& w, const Item& item,
+                                                int64_t head, const Place& at) {
   const ForwardParams& p = b.forward;
   const int length = item.length;
-  {
-    Decays d;
-    find_decays<kGateType>(d, s, p.gate, find_head_gate(s, p, at), length, at);
-    ChannelSums<Shared<kGateType>> channels{sums, s, d, at};
-    Columns columns = {};
-#pragma unroll
-    for (int block = 0; block < Config::kBlocks; ++block) channels.refer_rows(block, p.scale);
-    add_scores(sums, columns, s, d, at);
-    fence_elements(d.from_row);  // powers of two are cheaper found again than kept until here
-#pragma unroll
-    for (int block = 0; block < Config::kBlocks; ++block) channels.finish(block, columns[block]);
-    channels.add_other_tokens();
-  }
+  if (p.qk_l2norm) sum_dots(s);
   const HeadGate gate = find_head_gate(s, p, at);
   if (p.gate == Gate::kSoftplus) {
     write_gate_gradients<Gate::kSoftplus>(s, total, sums.k_column, gate, length, at);
@@ -109,7 +120,7 @@ __device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums,
   } else {
     write_gate_gradients<Gate::kLogDecay>(s, total, sums.k_column, gate, length, at);
   }
-  if (p.qk_l2norm) find_dots(s, sums, at);
+  if (p.qk_l2norm) __syncthreads();  // the dots, before everybody reads them
   float *head_q = nullptr, *head_k = nullptr;
   const int64_t stride = p.shape.HV * Config::kHeadDim;
   if (p.shape.HV != p.shape.H) {
@@ -175,13 +186,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     wait_for_async_loads<0>();  // q, k, g
     __syncthreads();  // all threads' copies and score gradients; the products have read the values
 
-    start_next(s.items[(turn & 1) ^ 1]);
     find_norms(s, p.qk_l2norm, at);
     if (static_cast<int>(threadIdx.x) < item.length)
       write_beta_gradient(b, (item.token(p.shape) + threadIdx.x) * p.shape.HV + head,
                           s.d_r_times_u[threadIdx.x]);
-    __syncthreads();  // every warp's norms and the next item, before they are read
-    find_gradients(s, sums, total, b, w, item, head, at);
+    __syncthreads();  // every warp's norms, before they are read
+    find_gradients(s, sums, p, item.length, at);
+    fence_async_shared();  // the scratch's uses, before copies take its place
+    __syncthreads();       // everybody's, and every warp's parts of the dots
+    start_next(s.items[(turn & 1) ^ 1]);
+    write_gradients(s, sums, total, b, w, item, head, at);
     __syncthreads();  // every warp's channels of the gradients, before whole rows leave
     store_gradients(s, b, item, head);
     if (next.row != item.row || !next.exists()) add_partial(s, partial(item.row), total, at);

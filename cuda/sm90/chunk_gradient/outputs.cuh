@@ -29,18 +29,21 @@ struct ChannelSums {
   }
 
   // The parts through the state at the chunk's start, under the rows' references.
-  __device__ void refer_rows(int block, float scale) {
+  __device__ void refer_rows(float scale) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float row = exp2_fast(d.row_reference[block][h]);
+    for (int block = 0; block < Config::kBlocks; ++block)
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+      for (int h = 0; h < 2; ++h) {
+        const float row = exp2_fast(
+            s.exchange.row_reference[Config::kBlocks * at.half() + block][at.channel() + 8 * h]);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          sums.q_row[2 * block + m][2 * h + e] *= scale * row;
-          sums.k_row[2 * block + m][2 * h + e] *= -row;
-        }
-    }
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            sums.q_row[2 * block + m][2 * h + e] *= scale * row;
+            sums.k_row[2 * block + m][2 * h + e] *= -row;
+          }
+      }
   }
 
   // Sums over the tokens of a group: what d log decay gets from its restored keys and its dG.
@@ -55,42 +58,55 @@ struct ChannelSums {
 
   // `column`: what scores give the block's columns.
   __device__ void finish(int block, const float (&column)[2][4]) {
+    const Scratch& scratch = s.scratch;
+    const int i = Config::kBlocks * at.half() + block, warp = at.channel_warp();
     uint32_t q_raw[4], k_raw[4];
     load_matrices_transposed(q_raw, key_address(at, kTileQ, block));
     load_matrices_transposed(k_raw, key_address(at, kTileK, block));
+    const uint4 q_rows = scratch.q_row[i][warp][at.lane], k_rows = scratch.k_row[i][warp][at.lane],
+                k_columns = scratch.k_column[i][warp][at.lane];
     float end[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      end[h] = exp2_fast(HalfDecays(s, h, at).end_from(d.column_reference(block, h)));
+      end[h] = exp2_fast(
+          HalfDecays(s, h, at).end_from(s.exchange.column_reference[i][at.channel() + 8 * h]));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const int n = 2 * block + m;
-      const GroupKeys keys(q_raw, k_raw, n, s, d, at);
-      const float2 own = *reinterpret_cast<const float2*>(&s.d_A_qk_diagonal[8 * n + at.token()]);
+      const float2 q_norm = load_norms(s, 0, n, at), k_norm = load_norms(s, 1, n, at),
+                   own = *reinterpret_cast<const float2*>(&s.d_A_qk_diagonal[8 * n + at.token()]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
+        const float4 decays = scratch.decays[at.warp][n][h][at.lane];
+        const uint32_t q_pair = q_raw[2 * m + h], k_pair = k_raw[2 * m + h],
+                       q_row_pair = word(q_rows, 2 * m + h), k_row_pair = word(k_rows, 2 * m + h),
+                       k_column_pair = word(k_columns, 2 * m + h);
         float dG[2], restored_keys[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int i = 2 * h + e;
-          auto of_token = [e](const Pair& pair) { return e ? pair.x1 : pair.x0; };
-          const float q = of_token(keys.q[h]), k = of_token(keys.k[h]),
-                      down = of_token(keys.down[h]), up = of_token(keys.up[h]),
-                      diagonal = e ? own.y : own.x;
-          const float q_row = sums.q_row[n][i], k_row = sums.k_row[n][i],
-                      k_column = half_of(keys.k_column[h], e),
-                      through_state = sums.k_column[n][i] * end[h];
-          sums.q_row[n][i] = fmaf(diagonal, k, down * q_row);
-          sums.k_row[n][i] =
-              fmaf(diagonal, q, fmaf(down, k_row, up * (through_state + column[m][i])));
-          dG[e] = fmaf(half_of(keys.q_row[h], e), q_row,
-                       fmaf(half_of(keys.k_row[h], e), k_row, -k_column * column[m][i]));
+          const int at_e = 2 * h + e;
+          const float q = half_of(q_pair, e) * (e ? q_norm.y : q_norm.x),
+                      k = half_of(k_pair, e) * (e ? k_norm.y : k_norm.x),
+                      diagonal = e ? own.y : own.x, down = e ? decays.w : decays.z,
+                      up = exp2_fast(d.span[block][h] - (e ? decays.y : decays.x));
+          const float q_row = sums.q_row[n][at_e], k_row = sums.k_row[n][at_e],
+                      k_column = half_of(k_column_pair, e),
+                      through_state = sums.k_column[n][at_e] * end[h];
+          sums.q_row[n][at_e] = fmaf(diagonal, k, down * q_row);
+          sums.k_row[n][at_e] =
+              fmaf(diagonal, q, fmaf(down, k_row, up * (through_state + column[m][at_e])));
+          dG[e] = fmaf(half_of(q_row_pair, e), q_row,
+                       fmaf(half_of(k_row_pair, e), k_row, -k_column * column[m][at_e]));
           restored_keys[e] = k_column * through_state;
         }
         cumulate(n, h, restored_keys[0], restored_keys[1], dG[0], dG[1]);
       }
     }
     if (d.far[block]) add_pairwise(block);
+  }
+
+  static __device__ uint32_t word(const uint4& x, int i) {
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
   }
 
   // The pairs of a diagonal block that the products left out.
@@ -109,7 +125,8 @@ struct ChannelSums {
         k[m][i] = half_of(k_raw[2 * m + (i >> 1)], i & 1) * (i & 1 ? k_norm.y : k_norm.x);
         dq[m][i] = sums.q_row[n][i];
         dk[m][i] = sums.k_row[n][i];
-        G[m][i] = d.from_row[n][i];
+        const float4& decays = s.scratch.decays[at.warp][n][i >> 1][at.lane];
+        G[m][i] = i & 1 ? decays.y : decays.x;
       }
     }
     add_pairwise_gradients(dq, dk, dG, q, k, G, s, Config::kBlocks * at.half() + block, at);
@@ -215,9 +232,9 @@ __device__ __forceinline__ void write_gate_gradients(Shared<kGateType>& s, GateS
   }
 }
 
-// <qn, dqn> and <kn, dkn> of every token, over all channels: what normalisation takes away.
+// <qn, dqn> and <kn, dkn> of every token, over the warp's channels.
 template <class Shared>
-__device__ __forceinline__ void find_dots(Shared& s, const Sums& sums, const Place& at) {
+__device__ __forceinline__ void find_dot_parts(Shared& s, const Sums& sums, const Place& at) {
   constexpr int kTokens = 2 * Config::kGroups;
   float parts[2 * kTokens];  // of q, then of k: tokens 8 n + 2 (lane % 4) + e
 #pragma unroll
@@ -243,17 +260,19 @@ __device__ __forceinline__ void find_dots(Shared& s, const Sums& sums, const Pla
   const int row = at.lane >> 2;  // of q for 0 .. 3, else of k; groups row % 4
   *reinterpret_cast<float2*>(&s.dots[at.channel_warp()][row >> 2][8 * (row & 3) + at.token()]) =
       make_float2(parts[0], parts[1]);
-  __syncthreads();  // every warp's parts, before they are summed
-  if (threadIdx.x < 2 * kChunk) {
-    const int of_k = threadIdx.x / kChunk, token = threadIdx.x % kChunk;
-    const float norm = s.norms[of_k][token];
-    float dot = 0.0f;
+}
+
+// Over all channels: what normalisation takes away.
+template <class Shared>
+__device__ __forceinline__ void sum_dots(Shared& s) {
+  if (threadIdx.x >= 2 * kChunk) return;
+  const int of_k = threadIdx.x / kChunk, token = threadIdx.x % kChunk;
+  const float norm = s.norms[of_k][token];
+  float dot = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < Config::kChannelWarps; ++warp) dot += s.dots[warp][of_k][token];
-    // Of normalised rows, and once more their factor, which stands before each raw element.
-    s.dots[0][of_k][token] = dot * norm * norm;
-  }
-  __syncthreads();  // the sums, before everybody reads them
+  for (int warp = 0; warp < Config::kChannelWarps; ++warp) dot += s.dots[warp][of_k][token];
+  // Of normalised rows, and once more their factor, which stands before each raw element.
+  s.dots[0][of_k][token] = dot * norm * norm;
 }
 
 // dx = f (dxn - xn <xn, dxn>) with xn = f x, in the place of x, or for a group of heads in fp32 to

@@ -93,8 +93,8 @@ __device__ __forceinline__ void multiply_boundaries(Shared& s, const Place& at) 
   const uint32_t from = (warp / 4) * (static_cast<uint32_t>(kBoundaryBytes) / 2) +
                         swizzle128(64 * at.half() + 8 * (at.lane >> 4) + (at.lane & 7),
                                    2 * (warp % 4) + ((at.lane >> 3) & 1));
-  const uint32_t state = shared_address(s.state) + from,
-                 state_gradient = shared_address(s.state_gradient) + from;
+  const uint32_t state = shared_address(s.values.state) + from,
+                 state_gradient = shared_address(s.values.state_gradient) + from;
 #pragma unroll
   for (int step = 0; step < Config::kHeadDim / 32; ++step) {
     uint32_t a[4], b[4];

@@ -21,20 +21,31 @@ __device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
   return product;
 }
 
-// An operand under another reference, `powers` lower: exact, a power of two for each channel.
-__device__ __forceinline__ Operand moved(const Operand& x, const uint32_t (&powers)[2]) {
-  Operand out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out.r[i] = multiply_bf16(x.r[i], powers[i & 1]);
-  return out;
-}
+// 16 channels by the 16 tokens of a block, as a left operand.
+struct Operand {
+  uint32_t r[4];
 
-// 2^exponent of the thread's channels, twice each.
-__device__ __forceinline__ void powers_of_two(uint32_t (&out)[2], float exponent0,
-                                              float exponent1) {
-  const float x0 = exp2_fast(exponent0), x1 = exp2_fast(exponent1);
-  out[0] = pack_bf16(x0, x0);
-  out[1] = pack_bf16(x1, x1);
+  __device__ explicit Operand(const uint4& x) : r{x.x, x.y, x.z, x.w} {}
+
+  // Under another reference, `powers` lower: exact, a power of two for each channel, twice.
+  __device__ Operand moved(const uint32_t (&powers)[2]) const {
+    Operand out = *this;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out.r[i] = multiply_bf16(r[i], powers[i & 1]);
+    return out;
+  }
+};
+
+// From column references of block j to row references of block i.
+template <class Shared>
+__device__ __forceinline__ void powers_between(uint32_t (&out)[2], const Shared& s, int i, int j,
+                                               const Place& at) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int c = at.channel() + 8 * h;
+    const float x = exp2_fast(s.exchange.row_reference[i][c] - s.exchange.column_reference[j][c]);
+    out[h] = pack_bf16(x, x);
+  }
 }
 
 // Two groups of sums += factors[16 channels x 16 tokens] times b[16 tokens x 16 tokens].
@@ -74,81 +85,32 @@ __device__ __forceinline__ void add_to_columns(float (&sums)[2][4], const Operan
 // Sums over scores, of the columns of a half's blocks.
 using Columns = float[Config::kBlocks][2][4];
 
-// The thread's channels' 2^(reference - border) for rows, 2^(border - reference) for columns: the
-// halves of the chunk meet at their border.
-template <class Shared>
-__device__ __forceinline__ void powers_to_border(uint32_t (&out)[2], const Shared& s,
-                                                 const Decays& d, int block, const Place& at) {
-  const float border0 = HalfDecays(s, 0, at).border(), border1 = HalfDecays(s, 1, at).border();
-  if (at.half() == 0) {
-    powers_of_two(out, border0 - d.column_reference(block, 0),
-                  border1 - d.column_reference(block, 1));
-  } else {
-    powers_of_two(out, d.row_reference[block][0] - border0, d.row_reference[block][1] - border1);
-  }
-}
-
-// What the other half will ask for.
-template <class Shared>
-__device__ __forceinline__ void publish_factors(Shared& s, const Factors& f, const Decays& d,
-                                                int block, const Place& at) {
-  Exchange& to = s.exchange;
-  uint32_t powers[2];
-  powers_to_border(powers, s, d, block, at);
-  if (at.half() == 0) {
-    to.k_column[at.channel_warp()][block][at.lane] = moved(f.k_column, powers).words();
-  } else {
-    to.q_row[at.channel_warp()][block][at.lane] = moved(f.q_row, powers).words();
-    to.k_row[at.channel_warp()][block][at.lane] = moved(f.k_row, powers).words();
-  }
-}
-
-// A block's own pairs, unless their exponents are pairwise.
-__device__ __forceinline__ void add_diagonal(Sums& sums, Columns& columns, int block,
-                                             const Factors& f, const Decays& d, const Place& at) {
-  if (d.far[block]) return;
-  const int i = Config::kBlocks * at.half() + block;
-  add_to_rows(sums, block, f.k_column, i, i, at);
-  add_to_columns(columns[block], f.q_row, f.k_row, i, i, at);
-}
-
 // All pairs of tokens but those of diagonal blocks whose exponents are pairwise: to the rows of
 // `sums`, and to `columns`.
 template <class Shared>
-__device__ __forceinline__ void add_scores(Sums& sums, Columns& columns, Shared& s, const Decays& d,
-                                           const Place& at) {
-  const int first = Config::kBlocks * at.half();
-  uint32_t powers[2];
-  {
-    const Factors upper(1, s, d, at);
-    publish_factors(s, upper, d, 1, at);
-    add_diagonal(sums, columns, 1, upper, d, at);
-    const Factors lower(0, s, d, at);
-    publish_factors(s, lower, d, 0, at);
-    add_diagonal(sums, columns, 0, lower, d, at);
-    powers_of_two(powers, d.row_reference[1][0] - d.column_reference(0, 0),
-                  d.row_reference[1][1] - d.column_reference(0, 1));
-    add_to_rows(sums, 1, moved(lower.k_column, powers), first + 1, first, at);
-    add_to_columns(columns[0], moved(upper.q_row, powers), moved(upper.k_row, powers), first + 1,
-                   first, at);
-  }
-  meet_pair(at);  // each half's factors, before the other's warp reads them
-  const Exchange& from = s.exchange;
+__device__ __forceinline__ void add_scores(Sums& sums, Columns& columns, const Shared& s,
+                                           const Decays& d, const Place& at) {
+  const Scratch& f = s.scratch;
+  const int warp = at.channel_warp();
 #pragma unroll
   for (int block = 0; block < Config::kBlocks; ++block) {
-    powers_to_border(powers, s, d, block, at);
-#pragma unroll
-    for (int other = 0; other < Config::kBlocks; ++other) {
-      if (at.half() == 0) {
-        add_to_columns(columns[block],
-                       moved(Operand(from.q_row[at.channel_warp()][other][at.lane]), powers),
-                       moved(Operand(from.k_row[at.channel_warp()][other][at.lane]), powers),
-                       Config::kBlocks + other, block, at);
-      } else {
-        add_to_rows(sums, block,
-                    moved(Operand(from.k_column[at.channel_warp()][other][at.lane]), powers),
-                    Config::kBlocks + block, other, at);
-      }
+    const int own = Config::kBlocks * at.half() + block;
+    uint32_t powers[2];
+    if (!d.far[block]) {
+      add_to_rows(sums, block, Operand(f.k_column[own][warp][at.lane]), own, own, at);
+      add_to_columns(columns[block], Operand(f.q_row[own][warp][at.lane]),
+                     Operand(f.k_row[own][warp][at.lane]), own, own, at);
+    }
+#pragma unroll 1
+    for (int j = 0; j < own; ++j) {
+      powers_between(powers, s, own, j, at);
+      add_to_rows(sums, block, Operand(f.k_column[j][warp][at.lane]).moved(powers), own, j, at);
+    }
+#pragma unroll 1
+    for (int i = own + 1; i < 2 * Config::kBlocks; ++i) {
+      powers_between(powers, s, i, own, at);
+      add_to_columns(columns[block], Operand(f.q_row[i][warp][at.lane]).moved(powers),
+                     Operand(f.k_row[i][warp][at.lane]).moved(powers), i, own, at);
     }
   }
 }

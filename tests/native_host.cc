@@ -1,6 +1,6 @@
-// Answers one line of input, a call of the forward as numbers, with one line: the bytes of its
-// workspace and what check_forward has to say about it. tests/test_native_host.py writes the lines.
-// Needs no CUDA.
+// Answers one line of input, a stage and a call of it as numbers, with one line: the bytes of its
+// workspace and what check_forward or check_backward has to say about it.
+// tests/test_native_host.py writes the lines. Needs no CUDA.
 #include <cstdint>
 #include <cstdlib>
 #include <iostream>
@@ -25,8 +25,10 @@ float real(std::istream& line) { return std::strtof(number<std::string>(line).c_
 template <typename T>
 T* address(std::istream& line) { return reinterpret_cast<T*>(number<uintptr_t>(line)); }
 
-ForwardParams parse(std::istream& line) {
-  ForwardParams p{};
+// Of a forward call the gradients are ignored, of a backward call o and final_state.
+BackwardParams parse(std::istream& line) {
+  BackwardParams backward{};
+  ForwardParams& p = backward.forward;
   ForwardShape& s = p.shape;
   for (int64_t* size : {&s.B, &s.T, &s.H, &s.HV, &s.K, &s.V, &s.N}) *size = number<int64_t>(line);
   s.has_segment_ids = number<bool>(line);
@@ -46,7 +48,16 @@ ForwardParams parse(std::istream& line) {
   p.o = address<void>(line);
   p.final_state = address<float>(line);
   p.workspace = address<void>(line);
-  return p;
+  backward.d_o = address<void>(line);
+  backward.d_final_state = address<float>(line);
+  for (void** gradient :
+       {&backward.dq, &backward.dk, &backward.dv, &backward.dg, &backward.d_beta}) {
+    *gradient = address<void>(line);
+  }
+  for (float** gradient : {&backward.dA_log, &backward.d_dt_bias, &backward.d_initial_state}) {
+    *gradient = address<float>(line);
+  }
+  return backward;
 }
 
 }  // namespace
@@ -54,9 +65,15 @@ ForwardParams parse(std::istream& line) {
 int main() {
   for (std::string text; std::getline(std::cin, text);) {
     std::istringstream line(text);
-    const ForwardParams params = parse(line);
-    if (!line) return EXIT_FAILURE;
-    std::cout << forward_workspace_bytes(params.shape) << ' ' << check_forward(params).message
-              << std::endl;
+    const auto stage = number<std::string>(line);
+    const BackwardParams params = parse(line);
+    if (!line || (stage != "forward" && stage != "backward")) return EXIT_FAILURE;
+    const ForwardShape& shape = params.forward.shape;
+    if (stage == "forward") {
+      std::cout << forward_workspace_bytes(shape) << ' ' << check_forward(params.forward).message;
+    } else {
+      std::cout << backward_workspace_bytes(shape) << ' ' << check_backward(params).message;
+    }
+    std::cout << std::endl;
   }
 }

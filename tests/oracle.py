@@ -165,13 +165,10 @@ def _evaluate_arrays(case, arrays, kind, gradients):
         for b in range(case.B)
         for n, (t, length) in enumerate(runs(ids[b], case.padding_segment_id))
     ]
-    if segments:
-        # All segments side by side, each padded to one length with inert tokens, in a few sizes: a
-        # few compilations.
-        S, length = _bucket(len(segments)), _bucket(max(s[3] for s in segments), least=BLOCK)
-        row, slot, start, lengths = (
-            np.array(x + (0,) * (S - len(segments))) for x in zip(*segments, strict=True)
-        )
+
+    def run(group, length):
+        """Segments side by side, each padded to one length with inert tokens."""
+        row, slot, start, lengths = (np.array(x) for x in zip(*group, strict=True))
         index = (row[:, None], np.minimum(start[:, None] + np.arange(length), case.T - 1))
         valid = np.arange(length) < lengths[:, None]
         has_slot = (slot < case.N) & (lengths > 0)
@@ -183,17 +180,25 @@ def _evaluate_arrays(case, arrays, kind, gradients):
         inputs |= {name: arrays[name] for name in ("A_log", "dt_bias") if name in arrays}
         options = {name: x for name, x in case.options.items() if name in _REFERENCE_OPTIONS}
         with jax.enable_x64(True):
-            run = _program(kind, case.dtype, gradients, tuple(sorted(options.items())))
-            out = run(inputs, at_slot(initial), valid, cut(d_o), at_slot(d_final))
-            out = {name: np.asarray(x, np.float64) for name, x in out.items()}
-        for s, (b, n, t, length) in enumerate(segments):
-            for name in results.keys() & out.keys():
+            program = _program(kind, case.dtype, gradients, tuple(sorted(options.items())))
+            out = program(inputs, at_slot(initial), valid, cut(d_o), at_slot(d_final))
+            return {name: np.asarray(x, np.float64) for name, x in out.items()}
+
+    sums = {}
+    for group, length in _groups(segments, case):
+        out = run(group, length)
+        for s, (b, n, t, count) in enumerate(group):
+            for name in results.keys() & out.keys() if count else ():
                 if name in ("final_state", "d_initial_state"):
                     if n < case.N:
                         results[name][b, n] = out[name][s]
                 elif name not in ("dA_log", "d_dt_bias"):
-                    results[name][b, t : t + length] = out[name][s, :length]
-        results |= {name: out[name] for name in out if name.startswith(("dA_log", "d_dt_bias"))}
+                    results[name][b, t : t + count] = out[name][s, :count]
+        for name in out:
+            if name.startswith(("dA_log", "d_dt_bias")):
+                sums.setdefault(name, []).append(out[name])
+    for name, parts in sums.items():
+        results[name] = np.concatenate(parts) if name.endswith("summands") else sum(parts)
     for name in ("dA_log", "d_dt_bias"):
         if name in results:
             results.setdefault(f"{name}_summands", results[name][None, None])
@@ -211,6 +216,24 @@ _REFERENCE_OPTIONS = (
     "qk_l2norm",
     "scale",
 )
+
+# Elements of the states that the reference may keep for its gradient at a time: 2 GB in float64.
+MOST_KEPT = 2**28
+
+
+def _groups(segments, case):
+    """The segments in groups of one size, with the length they are padded to; empty segments fill
+    up the last group. Sizes are few, and so are compilations.
+    """
+    if not segments:
+        return
+    length = _bucket(max(s[3] for s in segments), least=BLOCK)
+    most = max(1, MOST_KEPT // (length * case.HV * case.K * case.V))
+    size = min(_bucket(len(segments)), 1 << (most.bit_length() - 1))
+    for first in range(0, len(segments), size):
+        group = segments[first : first + size]
+        yield group + [(0, 0, 0, 0)] * (size - len(group)), length
+
 
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}
 

@@ -13,7 +13,7 @@ from jax import export
 from jax_flashkda import _extension, _primitives, _support, kimi_delta_attention
 from jax_flashkda._problem import Problem
 
-TARGET = "jax_flashkda.forward"
+TARGET, BACKWARD = "jax_flashkda.forward", "jax_flashkda.backward"
 WORKSPACE = 4321
 ROW = dict(arch=90, K=128, V=128, qkv_dtype="bfloat16", g_dtypes=["bfloat16", "float32"],
            beta_dtypes=["bfloat16", "float32"])  # fmt: skip
@@ -83,7 +83,11 @@ def lowered(f, platform, *arguments):
 
 
 def forward_calls(text):
-    return re.findall(rf"stablehlo\.custom_call @{re.escape(TARGET)}\b.*", text)
+    return calls_of(TARGET, text)
+
+
+def calls_of(target, text):
+    return re.findall(rf"stablehlo\.custom_call @{re.escape(target)}\b.*", text)
 
 
 # ---------------------------------------------------------------------------------------- lowering
@@ -149,13 +153,23 @@ def test_absent_operands_are_left_out(declared_kernels):
     assert operands.count("tensor<") == 5 and results.count("tensor<") == 2
 
 
-def test_the_gradient_runs_the_forward_kernel_and_recomputes_on_xla(declared_kernels):
+def test_the_gradient_runs_both_kernels(declared_kernels):
     def both(arrays):
         return attend(arrays), gradient(arrays)
 
     text = lowered(both, "cuda", inputs())
-    assert 1 <= len(forward_calls(text)) <= 2 and "stablehlo.while" in text
-    assert set(re.findall(r"jax_flashkda\.\w+", text)) == {TARGET}
+    assert 1 <= len(forward_calls(text)) <= 2 and "stablehlo.while" not in text
+    (call,) = calls_of(BACKWARD, text)
+    operands, results = call[call.rindex(" : (") :].split(" -> ")
+    primals = [
+        "2x70x1x128xbf16", "2x70x1x128xbf16", "2x70x2x128xbf16", "2x70x2x128xbf16", "2x70x2xbf16",
+        "2x2xf32", "2x3x2x128x128xf32",
+    ]  # fmt: skip
+    cotangents = ["2x70x2x128xbf16", "2x3x2x128x128xf32"]
+    assert re.findall(r"tensor<([^>]+)>", operands) == [*primals, "2x70xi32", *cotangents]
+    assert re.findall(r"tensor<([^>]+)>", results) == [*primals, f"{WORKSPACE}xui8"]
+    sizes = dict(B=2, T=70, H=1, HV=2, K=128, V=128, N=3, has_segment_ids=True)
+    assert ("backward", sizes) in declared_kernels
 
 
 def test_vmap_and_shard_map_lower_to_one_call(declared_kernels):

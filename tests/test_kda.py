@@ -19,8 +19,7 @@ STATES = dict(initial_state=True, final_state=True)
 
 def check_case(case, implementation, quickly=True):
     case = for_implementation(case, implementation)
-    # Under "cuda" the backward is the XLA path's, which is tested as such.
-    check(case, run(case, implementation, gradients=implementation == "xla", quickly=quickly))
+    check(case, run(case, implementation, quickly=quickly))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The native code that runs before any kernel: checks, sizes, and how handlers read XLA's buffers.
 
-No GPU: check_forward and the workspace arithmetic are compiled by themselves under the undefined
+No GPU: the checks and the workspace arithmetic are compiled by themselves under the undefined
 behaviour sanitizer, and the handlers run through XLA on the CPU in a form that stops before the
 launch.
 """
@@ -24,7 +24,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A valid call, in the order in which native_host.cc reads it.
 ADDRESSES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "segment_ids", "o")
-ADDRESSES += ("final_state", "workspace")
+ADDRESSES += ("final_state", "workspace", "d_o", "d_final_state", "dq", "dk", "dv", "dg", "d_beta")
+ADDRESSES += ("dA_log", "d_dt_bias", "d_initial_state")
+STAGES = ("forward", "backward")
 F32, BF16, F16 = 0, 1, 2
 LOG_DECAY, SOFTPLUS, BOUNDED = 0, 1, 2
 VALID = (
@@ -32,8 +34,13 @@ VALID = (
     | dict(qkv_dtype=BF16, g_dtype=F32, beta_dtype=BF16)
     | dict(gate=LOG_DECAY, gate_lower_bound=-5.0, beta_is_logits=0, allow_neg_eigval=0, scale=0.1)
     | {f"{name}_at": 4096 * (i + 1) for i, name in enumerate(ADDRESSES)}
-    | dict(A_log_at=0, dt_bias_at=0, segment_ids_at=0)
+    | dict(A_log_at=0, dt_bias_at=0, segment_ids_at=0, dA_log_at=0, d_dt_bias_at=0)
 )
+NOTHING = {  # no operand has elements
+    f"{name}_at": 0
+    for name in ("q", "k", "v", "g", "beta", "o", "workspace")
+    + ("d_o", "dq", "dk", "dv", "dg", "d_beta")
+}
 
 
 class HostProgram:
@@ -51,10 +58,10 @@ class HostProgram:
             [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def ask(self, **changes):
+    def ask(self, stage="forward", **changes):
         call = VALID | changes
         assert call.keys() == VALID.keys()
-        print(*call.values(), file=self._process.stdin, flush=True)
+        print(stage, *call.values(), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the program ended: undefined behaviour, see its output"
         bytes_, _, message = answer.rstrip("\n").partition(" ")
@@ -111,27 +118,56 @@ FAULTS = {
         (dict([(f"{name}_at", 0)]), f"{name} is missing"),
         (dict([(f"{name}_at", 4096 + 8)]), f"{name} is not aligned to 16 bytes"),
     ]
-    for name in ("q", "k", "v", "o", "workspace")
+    for name in ("q", "k", "v", "workspace")
 }
-STATE_FAULTS = [
-    (dict(initial_state_at=8), "initial_state is not aligned to 16 bytes"),
-    (dict(final_state_at=8), "final_state is not aligned to 16 bytes"),
-]
+INITIAL_STATE_FAULT = (dict(initial_state_at=8), "initial_state is not aligned to 16 bytes")
 
 
-def test_a_valid_call_passes(host):
-    assert host.ask()[1] == ""
+def missing_or_unaligned(names):
+    return [
+        fault
+        for name in names
+        for fault in (
+            (dict([(f"{name}_at", 0)]), f"{name} is missing"),
+            (dict([(f"{name}_at", 4096 + 8)]), f"{name} is not aligned to 16 bytes"),
+        )
+    ]
 
 
+STAGE_FAULTS = dict(
+    forward=[
+        *missing_or_unaligned(["o"]),
+        (dict(final_state_at=8), "final_state is not aligned to 16 bytes"),
+    ],
+    backward=[
+        *missing_or_unaligned(["d_o", "dq", "dk", "dv", "dg", "d_initial_state"]),
+        (dict(d_beta_at=0), "d_beta is missing"),
+        (dict(d_beta_at=2), "d_beta is not aligned to 4 bytes"),
+        (dict(d_final_state_at=8), "d_final_state is not aligned to 16 bytes"),
+        (dict(initial_state_at=0), "d_initial_state was asked for, but the call has no such"),
+        (dict(dA_log_at=4096), "dA_log was asked for, but the call has no such operand"),
+        (dict(d_dt_bias_at=4096), "d_dt_bias was asked for, but the call has no such operand"),
+        (dict(gate=SOFTPLUS, A_log_at=4096), "dA_log is missing"),
+    ],
+)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_valid_call_passes(host, stage):
+    assert host.ask(stage)[1] == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(T=0, q_at=0, k_at=0, v_at=0, g_at=0, beta_at=0, o_at=0, workspace_at=0),
-        dict(B=0, q_at=0, k_at=0, v_at=0, g_at=0, beta_at=0, o_at=0, workspace_at=0),
-        dict(initial_state_at=0, final_state_at=0),
+        dict(T=0) | NOTHING,
+        dict(B=0) | NOTHING,
+        dict(B=0, initial_state_at=0) | NOTHING,
+        dict(initial_state_at=0, final_state_at=0, d_initial_state_at=0, d_final_state_at=0),
         dict(has_segment_ids=1, N=0, segment_ids_at=4),
         dict(has_segment_ids=1, N=7, segment_ids_at=4096),
-        dict(gate=SOFTPLUS, A_log_at=4, dt_bias_at=16),
+        dict(gate=SOFTPLUS, A_log_at=4, dt_bias_at=16, dA_log_at=4, d_dt_bias_at=16),
         dict(gate=BOUNDED, gate_lower_bound=-1.5),
         dict(beta_is_logits=1, allow_neg_eigval=1),
         dict(scale=0.0),
@@ -139,28 +175,39 @@ def test_a_valid_call_passes(host):
         dict(HV=2),
     ],
 )
-def test_other_valid_calls_pass(host, changes):
-    assert host.ask(**changes)[1] == ""
+def test_other_valid_calls_pass(host, changes, stage):
+    assert host.ask(stage, **changes)[1] == ""
 
 
 @pytest.mark.parametrize(
-    "changes, text", [*itertools.chain(*FAULTS.values()), *STATE_FAULTS], ids=lambda x: str(x)
+    "stage, changes, text",
+    [
+        (stage, *fault)
+        for stage in STAGES
+        for fault in (
+            *itertools.chain(*FAULTS.values()),
+            INITIAL_STATE_FAULT,
+            *STAGE_FAULTS[stage],
+        )
+    ],
+    ids=lambda x: str(x),
 )
-def test_each_fault_is_refused_by_name(host, changes, text):
-    message = host.ask(**changes)[1]
-    assert message.startswith("jax_flashkda.forward: ")
+def test_each_fault_is_refused_by_name(host, stage, changes, text):
+    message = host.ask(stage, **changes)[1]
+    assert message.startswith(f"jax_flashkda.{stage}: ")
     assert text in message
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("changes", [dict(K=64), dict(V=64), dict(qkv_dtype=F32), dict(K=0)])
-def test_a_call_without_a_kernel_learns_which_there_are(host, changes):
-    message = host.ask(**changes)[1]
+def test_a_call_without_a_kernel_learns_which_there_are(host, changes, stage):
+    message = host.ask(stage, **changes)[1]
     assert "has no kernel (compiled: K = 128, V = 128 with q, k, v in bf16" in message
 
 
-@given(data=st.data())
+@given(data=st.data(), stage=st.sampled_from(STAGES))
 @settings(max_examples=300, deadline=None)
-def test_all_faults_of_a_call_are_told_at_once(host, data):
+def test_all_faults_of_a_call_are_told_at_once(host, data, stage):
     groups = data.draw(st.sets(st.sampled_from(sorted(FAULTS)), min_size=1))
     chosen = [data.draw(st.sampled_from(FAULTS[group])) for group in sorted(groups)]
     changes = {}
@@ -168,7 +215,7 @@ def test_all_faults_of_a_call_are_told_at_once(host, data):
         changes |= change
     if "B" in groups:  # without rows no operand has to be there
         chosen = [(change, text) for change, text in chosen if "missing" not in text]
-    message = host.ask(**changes)[1]
+    message = host.ask(stage, **changes)[1]
     for _, text in chosen:
         assert text in message, (changes, message)
 
@@ -177,11 +224,12 @@ def test_all_faults_of_a_call_are_told_at_once(host, data):
     sizes=st.fixed_dictionaries({name: st.integers(-(2**63), 2**63 - 1) for name in "BTHNKV"}),
     heads=st.integers(-(2**63), 2**63 - 1),
     has_segment_ids=st.booleans(),
+    stage=st.sampled_from(STAGES),
 )
 @settings(max_examples=300, deadline=None)
-def test_no_size_is_too_large_to_be_refused(host, sizes, heads, has_segment_ids):
+def test_no_size_is_too_large_to_be_refused(host, sizes, heads, has_segment_ids, stage):
     """The sanitizer ends the program where the checks themselves overflow."""
-    message = host.ask(**sizes, HV=heads, has_segment_ids=int(has_segment_ids))[1]
+    message = host.ask(stage, **sizes, HV=heads, has_segment_ids=int(has_segment_ids))[1]
     assert message
 
 
@@ -199,24 +247,30 @@ SIZES = st.fixed_dictionaries(
 )
 
 
-def workspace_bytes(host, sizes):
+def workspace_bytes(host, sizes, stage="forward"):
     segments = sizes["has_segment_ids"]
     return host.ask(
+        stage,
         **sizes
         | dict(HV=sizes["H"] * sizes["HV"], has_segment_ids=int(segments))
-        | dict(N=sizes["N"] if segments else 1)
+        | dict(N=sizes["N"] if segments else 1),
     )[0]
 
 
-@given(sizes=SIZES, axis=st.sampled_from(["B", "T", "H", "HV", "N"]), more=st.integers(1, 100))
+@given(
+    sizes=SIZES,
+    axis=st.sampled_from(["B", "T", "H", "HV", "N"]),
+    more=st.integers(1, 100),
+    stage=st.sampled_from(STAGES),
+)
 @settings(max_examples=300, deadline=None)
-def test_workspace_grows_with_every_size(host, sizes, axis, more):
-    bytes_ = workspace_bytes(host, sizes)
+def test_workspace_grows_with_every_size(host, sizes, axis, more, stage):
+    bytes_ = workspace_bytes(host, sizes, stage)
     assert bytes_ % 1024 == 0
-    grown = workspace_bytes(host, sizes | {axis: sizes[axis] + more})
+    grown = workspace_bytes(host, sizes | {axis: sizes[axis] + more}, stage)
     assert grown >= bytes_
-    packed = workspace_bytes(host, sizes | dict(N=sizes["N"] + 1, has_segment_ids=True))
-    assert packed >= workspace_bytes(host, sizes | dict(has_segment_ids=False))
+    packed = workspace_bytes(host, sizes | dict(N=sizes["N"] + 1, has_segment_ids=True), stage)
+    assert packed >= workspace_bytes(host, sizes | dict(has_segment_ids=False), stage)
 
 
 @given(sizes=SIZES)
@@ -235,14 +289,28 @@ def test_workspace_holds_what_the_formula_needs(host):
     assert tokens * 64 * 2 <= workspace_bytes(host, sizes) <= 10 * tokens * 5 * 128 * 2
 
 
-def test_the_module_counts_the_same(host):
+def test_the_backward_fits_beside_a_large_batch(host):
+    """8,192 tokens of 96 heads: nine times the bytes of one operand in bf16, and a little."""
+    sizes = dict(B=1, T=8192, H=96, HV=1, N=1, has_segment_ids=False)
+    operand = 8192 * 96 * 128 * 2
+    assert 9 * operand <= workspace_bytes(host, sizes, "backward") <= 9.2 * operand
+
+
+@given(sizes=SIZES)
+@settings(max_examples=200, deadline=None)
+def test_the_backward_contains_the_forward(host, sizes):
+    assert workspace_bytes(host, sizes, "backward") >= workspace_bytes(host, sizes)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_module_counts_the_same(host, stage):
     module = extension()
     for B, T, HV, N, has_segment_ids in [(1, 1, 2, 1, 0), (2, 65, 4, 1, 0), (3, 8192, 96, 33, 1)]:
         sizes = dict(B=B, T=T, H=2, HV=HV, K=128, V=128, N=N, has_segment_ids=has_segment_ids)
-        expected = host.ask(**sizes)[0]
+        count = getattr(module, f"{stage}_workspace_bytes")
         assert (
-            module.forward_workspace_bytes(**sizes | {"has_segment_ids": bool(has_segment_ids)})
-            == expected
+            count(**sizes | dict(has_segment_ids=bool(has_segment_ids)))
+            == (host.ask(stage, **sizes)[0])
         )
 
 
@@ -261,6 +329,16 @@ OPERANDS = {
     "segment_ids": ((B, T), "int32"),
 }
 RESULTS = {"o": ((B, T, HV, V), "bfloat16"), "final_state": ((B, N, HV, K, V), "float32")}
+GRADIENTS = dict(q="dq", k="dk", v="dv", g="dg", beta="d_beta", A_log="dA_log")
+GRADIENTS |= dict(dt_bias="d_dt_bias", initial_state="d_initial_state")
+# Each stage's operands and results by name.
+CALLS = dict(
+    forward=(OPERANDS, RESULTS),
+    backward=(
+        OPERANDS | {f"d_{name}": spec for name, spec in RESULTS.items()},
+        {gradient: OPERANDS[name] for name, gradient in GRADIENTS.items()},
+    ),
+)
 ATTRIBUTES = dict(
     gate=np.int32(SOFTPLUS),
     gate_lower_bound=np.float32(-5),
@@ -280,18 +358,24 @@ ATTRIBUTES = dict(
 
 
 @functools.cache
-def checking_target():
-    ((name, stages),) = extension().checking_registrations().items()
-    jax.ffi.register_ffi_target(f"{name}.check", stages, platform="cpu")
-    return f"{name}.check"
+def checking_targets():
+    registrations = extension().checking_registrations()
+    for name, stages in registrations.items():
+        jax.ffi.register_ffi_target(f"{name}.check", stages, platform="cpu")
+    return {name.removeprefix("jax_flashkda."): f"{name}.check" for name in registrations}
 
 
-def call_handler(operands=OPERANDS, results=RESULTS, workspace=None, **attributes):
+def needed_bytes(stage):
+    return getattr(extension(), f"{stage}_workspace_bytes")(B, T, H, HV, K, V, N, True)
+
+
+def call_handler(operands=None, results=None, workspace=None, stage="forward", **attributes):
     """Compiles and runs the call on the CPU; the handler's error is raised as JAX does."""
-    target = checking_target()
+    target = checking_targets()[stage]
+    operands = CALLS[stage][0] if operands is None else operands
+    results = CALLS[stage][1] if results is None else results
     if workspace is None:
-        bytes_ = extension().forward_workspace_bytes(B, T, H, HV, K, V, N, True)
-        workspace = ((bytes_,), "uint8")
+        workspace = ((needed_bytes(stage),), "uint8")
     out = [jax.ShapeDtypeStruct(*spec) for spec in [*results.values(), workspace]]
     attributes = {k: v for k, v in (ATTRIBUTES | attributes).items() if v is not None}
 
@@ -302,11 +386,11 @@ def call_handler(operands=OPERANDS, results=RESULTS, workspace=None, **attribute
     return jax.block_until_ready(jax.jit(program)())
 
 
-def refusal(*args, **kwargs):
+def refusal(*args, stage="forward", **kwargs):
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
-        call_handler(*args, **kwargs)
+        call_handler(*args, stage=stage, **kwargs)
     message = str(caught.value)
-    assert message.startswith("INVALID_ARGUMENT: jax_flashkda.forward: ")
+    assert message.startswith(f"INVALID_ARGUMENT: jax_flashkda.{stage}: ")
     return message
 
 
@@ -314,76 +398,103 @@ def without(specs, *names):
     return {name: spec for name, spec in specs.items() if name not in names}
 
 
-def test_handler_takes_a_valid_call():
-    call_handler()
+@pytest.mark.parametrize("stage", STAGES)
+def test_handler_takes_a_valid_call(stage):
+    call_handler(stage=stage)
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("absent", ["initial_state", "dt_bias", "segment_ids", "final_state"])
-def test_handler_takes_calls_without_optional_operands(absent):
-    one_slot = {} if absent != "segment_ids" else {"max_segments": np.int64(1)}
+def test_handler_takes_calls_without_optional_operands(absent, stage):
     attribute = "return_final_state" if absent == "final_state" else f"has_{absent}"
-    operands, results = without(OPERANDS, absent), without(RESULTS, absent)
+    absent_names = (absent, f"d_{absent}")
+    operands, results = (without(specs, *absent_names) for specs in CALLS[stage])
+    attributes = {attribute: np.bool_(False)}
     if absent == "segment_ids":
-        operands["initial_state"] = results["final_state"] = ((B, 1, HV, K, V), "float32")
-    call_handler(operands, results, **{attribute: np.bool_(False)}, **one_slot)
+        attributes["max_segments"] = np.int64(1)
+        for specs in (operands, results):
+            for name in specs:
+                if name.endswith("_state"):
+                    specs[name] = ((B, 1, HV, K, V), "float32")
+    call_handler(operands, results, stage=stage, **attributes)
 
 
-@pytest.mark.parametrize("name", [*OPERANDS, *RESULTS])
+@pytest.mark.parametrize(
+    "stage, name", [(stage, name) for stage in STAGES for specs in CALLS[stage] for name in specs]
+)
 @pytest.mark.parametrize("fault", ["rank", "dimension", "dtype"])
-def test_handler_holds_every_operand_against_the_others(name, fault):
-    specs = OPERANDS | RESULTS
-    shape, dtype = specs[name]
+def test_handler_holds_every_operand_against_the_others(stage, name, fault):
+    operands, results = CALLS[stage]
+    shape, dtype = (operands | results)[name]
     faulty = {
         "rank": ((1, *shape), dtype),
         "dimension": ((*shape[:1], shape[1] + 1, *shape[2:]), dtype),
         "dtype": (shape, "uint32"),
     }[fault]
     operands, results = (
-        {k: faulty if k == name else v for k, v in s.items()} for s in (OPERANDS, RESULTS)
+        {k: faulty if k == name else v for k, v in specs.items()} for specs in (operands, results)
     )
-    message = refusal(operands, results)
+    message = refusal(operands, results, stage=stage)
     blamed = re.match(r"\S+ \S+ (\w+) (has|is) ", message)[1]
     # The others are held against the dimensions of q, so of a wrong one k is the first to differ.
     assert blamed == ("k" if (name, fault) == ("q", "dimension") else name)
 
 
+@pytest.mark.parametrize("name", ["dq", "dk", "dv", "dg", "d_beta"])
+def test_handler_holds_a_gradient_against_its_operand(name):
+    shape, dtype = CALLS["backward"][1][name]
+    other = (shape, "float16" if dtype == "bfloat16" else "bfloat16")
+    message = refusal(results=CALLS["backward"][1] | {name: other}, stage="backward")
+    assert f"{name} has another dtype than what it is the gradient of" in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", sorted(ATTRIBUTES))
-def test_handler_refuses_missing_and_mistyped_attributes(name):
-    assert f"attribute {name}: " in refusal(**{name: None})
-    assert f"attribute {name}: " in refusal(**{name: np.float64(1)})
+def test_handler_refuses_missing_and_mistyped_attributes(name, stage):
+    assert f"attribute {name}: " in refusal(stage=stage, **{name: None})
+    assert f"attribute {name}: " in refusal(stage=stage, **{name: np.float64(1)})
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["A_log", "dt_bias", "initial_state", "segment_ids"])
-def test_handler_refuses_operands_that_contradict_the_attributes(name):
-    refusal(without(OPERANDS, name))
-    refusal(**{f"has_{name}": np.bool_(False)})
+def test_handler_refuses_operands_that_contradict_the_attributes(name, stage):
+    refusal(without(CALLS[stage][0], name), stage=stage)
+    refusal(stage=stage, **{f"has_{name}": np.bool_(False)})
 
 
-def test_handler_refuses_what_nobody_reads():
-    assert "got 15 attributes, expected 14" in refusal(chunk=np.int32(64))
-    assert "got 10 operands, expected 9" in refusal(OPERANDS | {"more": ((3,), "float32")})
-    assert "got 4 results, expected 3" in refusal(
-        results=RESULTS | {"w": ((2**30,), "uint8")}, workspace=((1,), "uint8")
-    )
+@pytest.mark.parametrize("stage", STAGES)
+def test_handler_refuses_what_nobody_reads(stage):
+    operands, results = CALLS[stage]
+    n, m = len(operands), len(results) + 1
+    assert "got 15 attributes, expected 14" in refusal(stage=stage, chunk=np.int32(64))
+    more = operands | {"more": ((3,), "float32")}
+    assert f"got {n + 1} operands, expected {n}" in refusal(more, stage=stage)
+    more = results | {"w": ((2**30,), "uint8")}
+    message = refusal(results=more, workspace=((1,), "uint8"), stage=stage)
+    assert f"got {m + 1} results, expected {m}" in message
 
 
-def test_handler_refuses_a_small_workspace():
-    needed = extension().forward_workspace_bytes(B, T, H, HV, K, V, N, True)
-    message = refusal(workspace=((needed - 1,), "uint8"))
+@pytest.mark.parametrize("stage", STAGES)
+def test_handler_refuses_a_small_workspace(stage):
+    needed = needed_bytes(stage)
+    message = refusal(workspace=((needed - 1,), "uint8"), stage=stage)
     assert f"workspace has {needed - 1} bytes, expected {needed}" in message
     assert "lowered by another version" in message
 
 
-def test_handler_applies_the_native_checks():
-    assert "scale is inf" in refusal(scale=np.float32(np.inf))
-    assert "gate is 3" in refusal(gate=np.int32(3))
-    assert "gate is -1" in refusal(gate=np.int32(-1))
-    stateless = without(OPERANDS, "initial_state"), without(RESULTS, "final_state")
+@pytest.mark.parametrize("stage", STAGES)
+def test_handler_applies_the_native_checks(stage):
+    assert "scale is inf" in refusal(stage=stage, scale=np.float32(np.inf))
+    assert "gate is 3" in refusal(stage=stage, gate=np.int32(3))
+    assert "gate is -1" in refusal(stage=stage, gate=np.int32(-1))
+    names = ("initial_state", "final_state", "d_initial_state", "d_final_state")
+    stateless = [without(specs, *names) for specs in CALLS[stage]]
     absent = dict(has_initial_state=np.bool_(False), return_final_state=np.bool_(False))
-    call_handler(*stateless, **absent)
-    assert "N is -1" in refusal(*stateless, **absent, max_segments=np.int64(-1))
+    call_handler(*stateless, stage=stage, **absent)
+    assert "N is -1" in refusal(*stateless, stage=stage, **absent, max_segments=np.int64(-1))
 
 
-def test_a_valid_call_works_after_a_refused_one():
-    refusal(gate=np.int32(3))
-    call_handler()
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_valid_call_works_after_a_refused_one(stage):
+    refusal(stage=stage, gate=np.int32(3))
+    call_handler(stage=stage)

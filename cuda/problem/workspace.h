@@ -168,15 +168,20 @@ inline constexpr int64_t kBoundaryBytes = 128 * 128 * 2;
 // A CTA's sums over its chunks, for one row and head: d_dt_bias of each channel, then dA_log.
 inline constexpr int64_t gradient_partial_floats(const ForwardShape& shape) { return shape.K + 1; }
 
-// CTAs of a value head in the gradient stage, of which number i takes chunks i, i + CTAs, ..: two
-// for each multiprocessor of the largest device, whatever the device, so that sums over chunks have
-// one order. None without tokens.
+// CTAs of a value head in the gradient stage, of which number i takes chunks i, i + CTAs, ..: a
+// function of the shape alone, so that sums over chunks have one order. One CTA fits a
+// multiprocessor of which the largest device has 132, and starting one costs about a chunk: the
+// number that ends soonest if rows are single segments. None without tokens.
 inline int64_t gradient_ctas_per_head(const ForwardShape& shape) {
-  constexpr int64_t kCtas = 2 * 132;
-  const int64_t most_chunks =
-      shape.has_segment_ids ? shape.B * shape.T : shape.B * ((shape.T + kChunk - 1) / kChunk);
-  const int64_t ctas = shape.HV < kCtas ? (kCtas + shape.HV - 1) / shape.HV : 1;
-  return ctas < most_chunks ? ctas : most_chunks;
+  constexpr int64_t kMultiprocessors = 132, kMost = 2 * kMultiprocessors;
+  const int64_t chunks = shape.B * ((shape.T + kChunk - 1) / kChunk);
+  int64_t best = 0, best_time = 0;
+  for (int64_t ctas = 1; ctas <= chunks && ctas <= kMost; ++ctas) {
+    const int64_t waves = (ctas * shape.HV + kMultiprocessors - 1) / kMultiprocessors;
+    const int64_t time = waves * ((chunks + ctas - 1) / ctas + 1);
+    if (best == 0 || time < best_time) best = ctas, best_time = time;
+  }
+  return best;
 }
 
 // Offsets in bytes. The forward's workspace comes first: its stages run here unchanged.

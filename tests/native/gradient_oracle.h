@@ -98,7 +98,7 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
         dA[i * L + j] += c.scale * x.d_o[v_at(i) + v] * x.u[v_at(j) + v];
         if (j < i) dL[i * L + j] -= double(x.d_r[v_at(i) + v]) * x.u[v_at(j) + v];
       }
-  auto dq = matrix(L, K), dk = matrix(L, K), dG = matrix(L, K);
+  auto dq = matrix(L, K), dk = matrix(L, K), dG = matrix(L, K), restored = matrix(L, K);
   std::vector<double> end(K, 0.0);
   for (int64_t n = 0; n < K; ++n) {
     for (int64_t v = 0; v < V; ++v)
@@ -113,8 +113,8 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       const double down = std::exp(G[i * K + n]), up = std::exp(G[(L - 1) * K + n] - G[i * K + n]);
       dq[i * K + n] += down * dq_d;
       dk[i * K + n] += down * dk_d + up * dk_r;
-      end[n] += k[i * K + n] * up * dk_r;
-      dG[i * K + n] += q[i * K + n] * down * dq_d + k[i * K + n] * (down * dk_d - up * dk_r);
+      restored[i * K + n] = k[i * K + n] * up * dk_r;
+      dG[i * K + n] += q[i * K + n] * down * dq_d + k[i * K + n] * down * dk_d;
       for (int64_t j = 0; j <= i; ++j) {
         const double e = std::exp(G[i * K + n] - G[j * K + n]);
         const double of_q = dA[i * L + j] * e, of_k = dL[i * L + j] * e;
@@ -122,15 +122,21 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
         dk[i * K + n] += of_k * k[j * K + n];
         dk[j * K + n] += of_q * q[i * K + n] + of_k * k[i * K + n];
         const double pair = (of_q * q[i * K + n] + of_k * k[i * K + n]) * k[j * K + n];
+        if (j == i) continue;  // knows no decay
         dG[i * K + n] += pair;
         dG[j * K + n] -= pair;
       }
     }
   }
   for (int64_t n = 0; n < K; ++n) {
-    double sum = end[n];
+    // Restored keys ahead of a token count for it: not as a difference of all and those behind it,
+    // which would drown what decays fast.
+    std::vector<double> ahead(L, end[n]);
+    for (int64_t i = 1; i < L; ++i) ahead[i] = ahead[i - 1] + restored[(i - 1) * K + n];
+    double behind = 0.0;
     for (int64_t i = L - 1; i >= 0; --i) {
-      sum += dG[i * K + n];
+      behind += dG[i * K + n];
+      const double sum = behind + ahead[i];
       double d = decay[i * K + n] > -110.0 ? sum : 0.0, to_A = 0.0, factor = 1.0;
       const double raw = c.g[v_at(i) + n] + (c.dt_bias.empty() ? 0.0 : c.dt_bias[row_head * K + n]);
       if (c.gate == Gate::kSoftplus) {

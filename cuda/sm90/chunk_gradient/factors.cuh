@@ -12,15 +12,17 @@
 #include "chunk/gate.cuh"
 #include "chunk/l2norm.cuh"
 #include "sm90/chunk_gradient/inputs.cuh"
-#include "sm90/chunk_gradient/products.cuh"
 
 namespace jax_flashkda::chunk_gradient {
 
-// Shared memory of a 16-channel, 16-token piece of q, k or a 16-bit g as operand registers:
-// register 2 m + h holds two tokens of group 2 block + m.
-__device__ __forceinline__ uint32_t block_address(const uint8_t* tile, int block, const Place& at) {
-  return shared_address(tile) + tile_offset(16 * block + 8 * (at.lane >> 4) + (at.lane & 7),
-                                            2 * at.warp + ((at.lane >> 3) & 1));
+// Tiles of raw inputs, one behind the other.
+enum KeyTile { kTileQ, kTileK, kTileG };
+
+// The lane's row in the 16-channel, 16-token piece of a tile. As operand registers, register
+// 2 m + h holds two tokens of group 2 block + m.
+__device__ __forceinline__ uint32_t key_address(const Place& at, KeyTile tile, int block) {
+  return at.keys + static_cast<int>(kChunk) * Config::kRowBytes * tile +
+         16 * Config::kRowBytes * block;
 }
 
 // Raw gates of one block, [m][2 h + e].
@@ -29,7 +31,7 @@ __device__ __forceinline__ void load_gates(float (&g)[2][4], const Shared<kGateT
                                            const Place& at) {
   if constexpr (kGateType == DType::kBF16) {
     uint32_t r[4];
-    load_matrices_transposed(r, block_address(s.g, block, at));
+    load_matrices_transposed(r, key_address(at, kTileG, block));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       g[i >> 1][2 * (i & 1)] = bf16_low(r[i]);
@@ -53,18 +55,35 @@ __device__ __forceinline__ float2 load_norms(const Shared& s, int of_k, int grou
   return *reinterpret_cast<const float2*>(&s.norms[of_k][8 * group + at.token()]);
 }
 
-// The factor of every token: a warp takes eight.
+// Hands half of the remaining values to the lane that differs in the mask and takes its share of
+// the others.
+template <int kMask, int kHalf, int kCount>
+__device__ __forceinline__ void fold_values(float (&values)[kCount], int lane) {
+  const bool upper = lane & kMask;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = values[i], high = values[i + kHalf];
+    values[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kMask);
+  }
+}
+
+// The factor of every token: a warp takes four.
 template <class Shared>
 __device__ __forceinline__ void find_norms(Shared& s, bool qk_l2norm, const Place& at) {
-  float squares[16];
+  float squares[8];
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    const uint32_t from = tile_offset(8 * at.warp + r, at.lane >> 1) + 8 * (at.lane & 1);
+  for (int r = 0; r < 4; ++r) {
+    const uint32_t from = tile_offset(4 * at.warp + r, at.lane >> 1) + 8 * (at.lane & 1);
     squares[r] = sum_of_squares(*reinterpret_cast<const uint2*>(s.q + from));
-    squares[8 + r] = sum_of_squares(*reinterpret_cast<const uint2*>(s.k + from));
+    squares[4 + r] = sum_of_squares(*reinterpret_cast<const uint2*>(s.k + from));
   }
-  const float factor = qk_l2norm ? l2norm_factor(sum_over_lanes(squares, at.lane)) : 1.0f;
-  if (at.lane < 16) s.norms[at.lane >> 3][8 * at.warp + (at.lane & 7)] = factor;
+  fold_values<4, 4>(squares, at.lane);
+  fold_values<2, 2>(squares, at.lane);
+  fold_values<1, 1>(squares, at.lane);
+  float sum = squares[0] + __shfl_xor_sync(0xffffffffu, squares[0], 8);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+  if (at.lane < 8)
+    s.norms[at.lane >> 2][4 * at.warp + (at.lane & 3)] = qk_l2norm ? l2norm_factor(sum) : 1.0f;
 }
 
 // Per channel of the thread: the gate's constants.
@@ -78,35 +97,18 @@ struct HeadGate {
   float a;  // exp(A_log)
 };
 
-__device__ __forceinline__ HeadGate load_head_gate(const ForwardParams& p, int64_t row,
-                                                   int64_t head, const Place& at) {
-  const int64_t gate_head = row * p.shape.HV + head;
+template <class Shared>
+__device__ __forceinline__ HeadGate find_head_gate(const Shared& s, const ForwardParams& p,
+                                                   const Place& at) {
   HeadGate gate;
-  gate.a = p.A_log != nullptr ? expf(__ldg(p.A_log + gate_head)) : 1.0f;
+  gate.a = s.amplitude;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float dt_bias =
-        p.dt_bias != nullptr
-            ? __ldg(p.dt_bias + gate_head * Config::kHeadDim + at.channel() + 8 * h)
-            : 0.0f;
+    const float dt_bias = s.dt_bias[at.channel() + 8 * h];
     gate.channels[h] = {gate_coefficients(p.gate, gate.a, dt_bias, p.gate_lower_bound), dt_bias};
   }
   return gate;
 }
-
-// Log2 decays of the thread's elements, summed over tokens.
-struct Decays {
-  float from_row[Config::kGroups][4];       // G - row reference of the token's block
-  float row_reference[Config::kBlocks][2];  // integers, of channel h
-  float span[Config::kBlocks][2];           // column reference - row reference: an integer <= 0
-  float end_integer[2], end_fraction[2];    // G_C, in two parts
-  bool far[Config::kBlocks];                // pairwise exponents: one answer for the warp
-
-  __device__ float column_reference(int block, int h) const {
-    return row_reference[block][h] + span[block][h];
-  }
-  __device__ float to_column(int n, int i) const { return span[n >> 1][i >> 1] - from_row[n][i]; }
-};
 
 template <Gate kGate>
 __device__ __forceinline__ void gates_to_decays(float (&g)[2][4], const HeadGate& gate) {
@@ -116,25 +118,51 @@ __device__ __forceinline__ void gates_to_decays(float (&g)[2][4], const HeadGate
     for (int i = 0; i < 4; ++i) g[m][i] = log2_decay<kGate>(g[m][i], gate.channels[i >> 1].c);
 }
 
-// Sums over the 8 tokens that a row's four lanes hold, two each: x becomes the sum up to and with
-// each token; returns the whole.
-__device__ __forceinline__ float cumulate_group(float& x0, float& x1, int lane) {
-  const int t = lane & 3;
-  float sum = x0 + x1;
-  float other = __shfl_up_sync(0xffffffffu, sum, 1, 4);
-  sum += t >= 1 ? other : 0.0f;
-  other = __shfl_up_sync(0xffffffffu, sum, 2, 4);
-  sum += t >= 2 ? other : 0.0f;
-  other = __shfl_up_sync(0xffffffffu, sum, 1, 4);
-  x0 += t >= 1 ? other : 0.0f;
-  x1 = sum;
-  return __shfl_sync(0xffffffffu, sum, 3, 4);
+// What the row's other three lanes hold ahead of and behind this one's x, and all four: sums over
+// the 8 tokens of a group, two a lane.
+struct GroupSums {
+  float before, behind, all;
+};
+__device__ __forceinline__ GroupSums sum_group(float x, int lane) {
+  const float beside = __shfl_xor_sync(0xffffffffu, x, 1), pair = x + beside,
+              other = __shfl_xor_sync(0xffffffffu, pair, 2);
+  const bool odd = lane & 1, upper = lane & 2;
+  return {(odd ? beside : 0.0f) + (upper ? other : 0.0f),
+          (odd ? 0.0f : beside) + (upper ? 0.0f : other), pair + other};
 }
 
+// Waits for the other warp of the same channels.
+__device__ __forceinline__ void meet_pair(const Place& at) {
+  named_barrier(kPairBarrier + at.channel_warp(), 64);
+}
+
+// Decays between the halves of the chunk, for channel h, once the pair has met over them.
+struct HalfDecays {
+  float lower, upper;
+
+  template <class Shared>
+  __device__ HalfDecays(const Shared& s, int h, const Place& at)
+      : lower(s.exchange.log2_decay[0][at.channel() + 8 * h]),
+        upper(s.exchange.log2_decay[1][at.channel() + 8 * h]) {}
+  __device__ float border() const { return rintf(lower); }  // a reference point: an integer
+  // G_C - an integer reference.
+  __device__ float end_from(float reference) const {
+    return (border() - reference + rintf(upper)) + ((lower - border()) + (upper - rintf(upper)));
+  }
+};
+
+// Log2 decays of the thread's elements since their block's row reference, [n][2 h + e], and what
+// of the references others need not know.
+struct Decays {
+  Elements from_row;
+  float span[Config::kBlocks][2];  // column reference - row reference: an integer <= 0
+  bool far[Config::kBlocks];       // pairwise exponents: one answer for the warp
+};
+
 template <DType kGateType>
-__device__ __forceinline__ void find_decays(Decays& d, const Shared<kGateType>& s, Gate kind,
+__device__ __forceinline__ void find_decays(Decays& d, Shared<kGateType>& s, Gate kind,
                                             const HeadGate& gate, int length, const Place& at) {
-  float integer[2] = {}, fraction[2] = {};  // G at the block's start: integers are exact
+  float middle[Config::kBlocks][2], end[Config::kBlocks][2];  // of a block, from its start
 #pragma unroll
   for (int block = 0; block < Config::kBlocks; ++block) {
     float g[2][4];
@@ -146,75 +174,98 @@ __device__ __forceinline__ void find_decays(Decays& d, const Shared<kGateType>& 
     } else {
       gates_to_decays<Gate::kLogDecay>(g, gate);
     }
-    if (length < 16 * (block + 1)) {  // missing tokens decay nothing
+    if (length < kChunk) {  // missing tokens decay nothing
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           g[m][i] = 16 * block + 8 * m + at.token() + (i & 1) < length ? g[m][i] : 0.0f;
     }
-    float middle[2], end[2];
     bool far = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      middle[h] = cumulate_group(g[0][2 * h], g[0][2 * h + 1], at.lane);
-      const float upper = cumulate_group(g[1][2 * h], g[1][2 * h + 1], at.lane);
-      far |= !(middle[h] >= -kLog2DecayHalfSpan) || !(upper >= -kLog2DecayHalfSpan);
-      end[h] = middle[h] + upper;
-    }
-    far = __any_sync(0xffffffffu, far);
-    d.far[block] = far;
+      float start = 0.0f;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float row = rintf(fraction[h] + (far ? 0.0f : middle[h]));
-      const float next = rintf(fraction[h] + end[h]);
-      d.row_reference[block][h] = integer[h] + row;
-      d.span[block][h] = far ? next - row : 0.0f;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        d.from_row[2 * block][2 * h + e] = g[0][2 * h + e] + (fraction[h] - row);
-        d.from_row[2 * block + 1][2 * h + e] = middle[h] + g[1][2 * h + e] + (fraction[h] - row);
+      for (int m = 0; m < 2; ++m) {
+        const float x0 = g[m][2 * h], x1 = g[m][2 * h + 1];
+        const GroupSums sums = sum_group(x0 + x1, at.lane);
+        const float first = start + (sums.before + x0);
+        d.from_row[2 * block + m][2 * h] = first;
+        d.from_row[2 * block + m][2 * h + 1] = first + x1;
+        far |= !(sums.all >= -kLog2DecayHalfSpan);
+        start += sums.all;
+        if (m == 0) middle[block][h] = start;
       }
-      fraction[h] = fraction[h] + end[h] - next;
-      integer[h] += next;
+      end[block][h] = start;
     }
+    d.far[block] = __any_sync(0xffffffffu, far);
   }
+  const bool writes = (at.lane & 3) == 0;  // one of the four lanes that know a channel
+  if (writes) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      s.exchange.log2_decay[at.half()][at.channel() + 8 * h] = end[0][h] + end[1][h];
+  }
+  meet_pair(at);  // both halves' decays, before either warp reads the other's
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    d.end_integer[h] = integer[h];
-    d.end_fraction[h] = fraction[h];
+    const HalfDecays halves(s, h, at);
+    // G at the block's start in two parts, of which the integer is exact.
+    float integer = at.half() ? halves.border() : 0.0f,
+          fraction = at.half() ? halves.lower - halves.border() : 0.0f;
+#pragma unroll
+    for (int block = 0; block < Config::kBlocks; ++block) {
+      const bool far = d.far[block];
+      const float row = rintf(fraction + (far ? 0.0f : middle[block][h])),
+                  next = rintf(fraction + end[block][h]), column = far ? next : row;
+      d.span[block][h] = column - row;
+      if (writes) {
+        const int i = Config::kBlocks * at.half() + block, c = at.channel() + 8 * h;
+        s.exchange.row_reference[i][c] = integer + row;
+        s.exchange.column_reference[i][c] = integer + column;
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) d.from_row[2 * block + m][2 * h + e] += fraction - row;
+      fraction = fraction + end[block][h] - next;
+      integer += next;
+    }
   }
 }
 
-// The rounded factors, two tokens a register: [2 n + h].
-struct Factors {
-  uint32_t q_row[2 * Config::kGroups], k_row[2 * Config::kGroups], k_column[2 * Config::kGroups];
-};
-
+// The factors of all blocks to shared memory, rounded, as left operands: 16 channels by the 16
+// tokens of a block, register 2 m + h holds two tokens of group m.
 template <class Shared>
-__device__ __forceinline__ void find_factors(Factors& f, const Shared& s, const Decays& d,
-                                             const Place& at) {
+__device__ __forceinline__ void write_factors(Shared& s, const Decays& d, const Place& at) {
+  Scratch& to = s.scratch;
 #pragma unroll
   for (int block = 0; block < Config::kBlocks; ++block) {
-    uint32_t q[4], k[4];
-    load_matrices_transposed(q, block_address(s.q, block, at));
-    load_matrices_transposed(k, block_address(s.k, block, at));
+    uint32_t q_raw[4], k_raw[4], q_row[4], k_row[4], k_column[4];
+    load_matrices_transposed(q_raw, key_address(at, kTileQ, block));
+    load_matrices_transposed(k_raw, key_address(at, kTileK, block));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const int n = 2 * block + m;
       const float2 q_norm = load_norms(s, 0, n, at), k_norm = load_norms(s, 1, n, at);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float q0 = bf16_low(q[2 * m + h]) * q_norm.x, q1 = bf16_high(q[2 * m + h]) * q_norm.y;
-        const float k0 = bf16_low(k[2 * m + h]) * k_norm.x, k1 = bf16_high(k[2 * m + h]) * k_norm.y;
-        const float down0 = exp2_fast(d.from_row[n][2 * h]),
-                    down1 = exp2_fast(d.from_row[n][2 * h + 1]);
-        f.q_row[2 * n + h] = pack_bf16(q0 * down0, q1 * down1);
-        f.k_row[2 * n + h] = pack_bf16(k0 * down0, k1 * down1);
-        f.k_column[2 * n + h] = pack_bf16(k0 * exp2_fast(d.to_column(n, 2 * h)),
-                                          k1 * exp2_fast(d.to_column(n, 2 * h + 1)));
+        const uint32_t q = q_raw[2 * m + h], k = k_raw[2 * m + h];
+        const float from0 = d.from_row[n][2 * h], from1 = d.from_row[n][2 * h + 1],
+                    down0 = exp2_fast(from0), down1 = exp2_fast(from1), k0 = bf16_low(k) * k_norm.x,
+                    k1 = bf16_high(k) * k_norm.y;
+        q_row[2 * m + h] =
+            pack_bf16(bf16_low(q) * q_norm.x * down0, bf16_high(q) * q_norm.y * down1);
+        k_row[2 * m + h] = pack_bf16(k0 * down0, k1 * down1);
+        k_column[2 * m + h] = pack_bf16(k0 * exp2_fast(d.span[block][h] - from0),
+                                        k1 * exp2_fast(d.span[block][h] - from1));
+        to.decays[at.warp][n][h][at.lane] = make_float4(from0, from1, down0, down1);
       }
     }
+    const int i = Config::kBlocks * at.half() + block, warp = at.channel_warp();
+    to.q_row[i][warp][at.lane] = make_uint4(q_row[0], q_row[1], q_row[2], q_row[3]);
+    to.k_row[i][warp][at.lane] = make_uint4(k_row[0], k_row[1], k_row[2], k_row[3]);
+    to.k_column[i][warp][at.lane] = make_uint4(k_column[0], k_column[1], k_column[2], k_column[3]);
   }
 }
 

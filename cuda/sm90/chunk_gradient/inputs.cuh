@@ -4,69 +4,60 @@
 #include "chunk/scores.cuh"
 #include "problem/numerics.cuh"
 #include "problem/segments.cuh"
-#include "sm90/chunk_gradient/config.h"
+#include "sm90/chunk_gradient/products.cuh"
 
 namespace jax_flashkda::chunk_gradient {
-
-// A chunk of the CTA's head with its place in its segment.
-struct Item {
-  Chunk chunk;
-  int32_t segment = -1;
-  bool first = true, last = true;
-
-  __device__ bool exists() const { return chunk.length > 0; }
-  __device__ int64_t token(const ForwardShape& shape) const {
-    return int64_t{chunk.row} * shape.T + chunk.start;
-  }
-};
 
 // The CTA's share: chunks part, part + parts, .. of one head, in the order of the table, whatever
 // the device: sums over chunks have one order.
 struct Items {
   const ForwardParams& p;
-  const ChunkEntry* entries;  // null without segment_ids
-  int64_t head, index, parts, chunks;
+  const ForwardWorkspace& w;
+  uint32_t index;  // below 2^31
 
-  __device__ Items(const ForwardParams& params, const ForwardWorkspace& w, int64_t ctas_per_head)
-      : p(params), head(blockIdx.x % params.shape.HV), index(blockIdx.x / params.shape.HV) {
+  __device__ Items(const ForwardParams& params, const ForwardWorkspace& workspace)
+      : p(params), w(workspace), index(blockIdx.x / static_cast<uint32_t>(params.shape.HV)) {}
+
+  __device__ uint32_t chunks() const {
+    if (!p.shape.has_segment_ids)
+      return static_cast<uint32_t>(p.shape.B) *
+             ((static_cast<uint32_t>(p.shape.T) + static_cast<uint32_t>(kChunk) - 1) /
+              static_cast<uint32_t>(kChunk));
     const uint8_t* bytes = static_cast<const uint8_t*>(p.workspace);
+    return static_cast<uint32_t>(clamp_to<int64_t>(
+        reinterpret_cast<const TableCounts*>(bytes + w.counts)->chunks, 0, p.shape.B * p.shape.T));
+  }
+  __device__ const ChunkEntry& entry(uint32_t at) const {
+    return reinterpret_cast<const ChunkEntry*>(static_cast<const uint8_t*>(p.workspace) +
+                                               w.chunk_table)[at];
+  }
+  __device__ bool same_segment(uint32_t a, uint32_t b) const {
+    return entry(a).row == entry(b).row && entry(a).segment == entry(b).segment;
+  }
+
+  __device__ Item item(uint32_t chunks) const {
     const bool table = p.shape.has_segment_ids;
-    const int64_t most =
-        table ? p.shape.B * p.shape.T : p.shape.B * ((p.shape.T + kChunk - 1) / kChunk);
-    chunks = table ? clamp_to<int64_t>(
-                         reinterpret_cast<const TableCounts*>(bytes + w.counts)->chunks, 0, most)
-                   : most;
-    entries = table ? reinterpret_cast<const ChunkEntry*>(bytes + w.chunk_table) : nullptr;
-    parts = ctas_per_head;
-  }
-
-  __device__ bool same_segment(int64_t a, int64_t b) const {
-    return entries[a].row == entries[b].row && entries[a].segment == entries[b].segment;
-  }
-
-  __device__ Item item() const {
+    const Chunk chunk =
+        table ? chunk_from_entry(p.shape, entry(index)) : chunk_without_table(p.shape, index);
     Item found;
-    const int64_t T = p.shape.T;
-    if (entries == nullptr) {
-      found.chunk = chunk_without_table(p.shape, static_cast<uint32_t>(index));
-      found.segment = 0;
-      found.first = found.chunk.start == 0;
-    } else {
-      found.chunk = chunk_from_entry(p.shape, entries[index]);
-      found.segment = entries[index].segment;
-      found.first = found.chunk.start < kChunk || index == 0 || !same_segment(index - 1, index);
-    }
-    found.last = found.chunk.length < kChunk || found.chunk.start + kChunk >= T ||
-                 (entries != nullptr && (index + 1 == chunks || !same_segment(index, index + 1)));
+    found.row = chunk.row;
+    found.start = chunk.start;
+    found.length = chunk.length;
+    found.segment = table ? entry(index).segment : 0;
+    found.first =
+        chunk.start < kChunk || (table && (index == 0 || !same_segment(index - 1, index)));
+    found.last = chunk.length < kChunk || chunk.start + kChunk >= p.shape.T ||
+                 (table && (index + 1 == chunks || !same_segment(index, index + 1)));
     return found;
   }
 
   // The next chunk that is not padding; the gradients of padding are cleared on the way.
   template <class Clear>
-  __device__ Item next(Clear clear) {
-    for (; index < chunks; index += parts) {
-      const Item found = item();
-      if (found.chunk.padding) {
+  __device__ Item next(uint32_t parts, Clear clear) {
+    const uint32_t count = chunks();
+    for (; index < count; index += parts) {
+      const Item found = item(count);
+      if (found.segment < 0) {
         clear(found);
         continue;
       }
@@ -77,15 +68,18 @@ struct Items {
   }
 };
 
-// 16-byte pieces of a chunk's rows: a thread owns piece threadIdx.x % 16 of rows threadIdx.x / 16
-// + 16 i. Calls visit(row, piece).
+// 16-byte pieces of a chunk's rows of `stride` bytes: a thread owns one column of pieces. Calls
+// visit(row, piece, offset of the piece in memory).
 template <int kPieces, class Visit>
-__device__ __forceinline__ void for_each_piece(Visit visit) {
+__device__ __forceinline__ void for_each_piece(int64_t stride, Visit visit) {
   constexpr int kRows = Config::kThreads / kPieces;
+  const int thread = reread_thread(), row = thread / kPieces, piece = thread % kPieces;
+  int64_t offset = row * stride + 16 * piece;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(kChunk) / kRows; ++i)
-    visit(static_cast<int>(threadIdx.x) / kPieces + kRows * i,
-          static_cast<int>(threadIdx.x) % kPieces);
+  for (int i = 0; i < static_cast<int>(kChunk) / kRows; ++i) {
+    visit(row + kRows * i, piece, offset);
+    offset += kRows * stride;
+  }
 }
 
 // The raw gate as fp32: rows of 32 pieces; the rows that a warp's four lanes of a group read
@@ -103,12 +97,24 @@ __device__ __forceinline__ int gate_piece_offset(int row, int piece) {
 template <DType kGateType>
 inline constexpr int kGatePieces = kGateType == DType::kBF16 ? 16 : 32;
 
-// Rows behind the chunk's end are not read: they are zeros.
-__device__ __forceinline__ void load_piece(uint8_t* to, const void* base, int64_t row_bytes,
-                                           int row, int piece, int length) {
-  const bool exists = row < length;
-  async_load_16(to, static_cast<const uint8_t*>(base) + (exists ? row : 0) * row_bytes + 16 * piece,
-                exists);
+// A tile of a chunk's rows to shared memory, to place(row, piece). Rows behind the chunk's end are
+// not read: they are zeros.
+template <int kPieces, class Place>
+__device__ __forceinline__ void load_tile(const void* base, int64_t stride, int length,
+                                          Place place) {
+  for_each_piece<kPieces>(stride, [&](int row, int piece, int64_t offset) {
+    async_load_16(place(row, piece), static_cast<const uint8_t*>(base) + offset, row < length);
+  });
+}
+
+// And back, the rows that exist.
+template <int kPieces, class Place>
+__device__ __forceinline__ void store_tile(void* base, int64_t stride, int length, Place place) {
+  for_each_piece<kPieces>(stride, [&](int row, int piece, int64_t offset) {
+    if (row < length)
+      *reinterpret_cast<uint4*>(static_cast<uint8_t*>(base) + offset) =
+          *reinterpret_cast<const uint4*>(place(row, piece));
+  });
 }
 
 // A boundary where a segment starts or ends: the caller's state [K, V] transposed and rounded, or
@@ -138,40 +144,41 @@ __device__ __forceinline__ void load_values(Shared& s, const BackwardParams& b,
                                             int64_t head) {
   const ForwardShape& shape = b.forward.shape;
   const uint8_t* workspace = static_cast<const uint8_t*>(b.forward.workspace);
-  const int64_t slots = (int64_t{item.chunk.row} * shape.HV + head) * w.boundary_slots +
-                        item.chunk.start / kChunk;  // of this chunk's start; its end's is the next
+  const int64_t slots = (int64_t{item.row} * shape.HV + head) * w.boundary_slots +
+                        item.start / kChunk;  // of this chunk's start; its end's is the next
   if (threadIdx.x == 0) {
     mbarrier_arrive_expect(&s.boundaries_full,
                            static_cast<uint32_t>(kBoundaryBytes) *
                                (static_cast<int>(!item.first) + static_cast<int>(!item.last)));
     if (!item.first)
-      bulk_load(s.state, workspace + w.states + slots * kBoundaryBytes, kBoundaryBytes,
+      bulk_load(s.values.state, workspace + w.states + slots * kBoundaryBytes, kBoundaryBytes,
                 &s.boundaries_full);
     if (!item.last)
-      bulk_load(s.state_gradient, workspace + w.state_gradients + (slots + 1) * kBoundaryBytes,
-                kBoundaryBytes, &s.boundaries_full);
+      bulk_load(s.values.state_gradient,
+                workspace + w.state_gradients + (slots + 1) * kBoundaryBytes, kBoundaryBytes,
+                &s.boundaries_full);
   }
   const int64_t token = item.token(shape);
   const int64_t stride = shape.HV * Config::kRowBytes,
                 at = (token * shape.HV + head) * Config::kRowBytes;
-  const uint8_t* d_o = static_cast<const uint8_t*>(b.d_o) + at;
-  const uint8_t* d_r = static_cast<const uint8_t*>(b.dv) + at;
-  const uint8_t* u = workspace + w.corrected_values + at;
-  for_each_piece<Config::kRowPieces>([&](int row, int piece) {
-    const int to = swizzle128(row, piece % 8), half = piece / 8, length = item.chunk.length;
-    load_piece(&s.d_o[half][to], d_o, stride, row, piece, length);
-    load_piece(&s.d_r[half][to], d_r, stride, row, piece, length);
-    load_piece(&s.u[half][to], u, stride, row, piece, length);
-  });
+  auto values = [](uint8_t (&tile)[2][Config::kHalfTile]) {
+    return [&tile](int row, int piece) { return &tile[piece / 8][swizzle128(row, piece % 8)]; };
+  };
+  const int length = item.length;
+  load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(b.d_o) + at, stride, length,
+                                values(s.values.d_o));
+  load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(b.dv) + at, stride, length,
+                                values(s.values.d_r));
+  load_tile<Config::kRowPieces>(workspace + w.corrected_values + at, stride, length,
+                                values(s.values.u));
   const bool slot = item.segment >= 0 && item.segment < shape.N;
-  const int64_t state =
-      ((item.chunk.row * shape.N + item.segment) * shape.HV + head) * shape.K * shape.V;
+  const int64_t state = ((item.row * shape.N + item.segment) * shape.HV + head) * shape.K * shape.V;
   if (item.first)
-    fill_boundary(s.state, slot && b.forward.initial_state != nullptr
-                               ? b.forward.initial_state + state
-                               : nullptr);
+    fill_boundary(s.values.state, slot && b.forward.initial_state != nullptr
+                                      ? b.forward.initial_state + state
+                                      : nullptr);
   if (item.last)
-    fill_boundary(s.state_gradient,
+    fill_boundary(s.values.state_gradient,
                   slot && b.d_final_state != nullptr ? b.d_final_state + state : nullptr);
 }
 
@@ -185,20 +192,19 @@ template <DType kGateType>
 __device__ __forceinline__ void load_keys(Shared<kGateType>& s, const ForwardParams& p,
                                           const Item& item, int64_t head) {
   const ForwardShape& shape = p.shape;
-  const int length = item.chunk.length;
+  const int length = item.length;
   const int64_t token = item.token(shape), stride = shape.H * Config::kRowBytes,
                 at = (token * shape.H + query_head(shape, head)) * Config::kRowBytes;
-  for_each_piece<Config::kRowPieces>([&](int row, int piece) {
-    const uint32_t to = tile_offset(row, piece);
-    load_piece(s.q + to, static_cast<const uint8_t*>(p.q) + at, stride, row, piece, length);
-    load_piece(s.k + to, static_cast<const uint8_t*>(p.k) + at, stride, row, piece, length);
-  });
+  auto keys = [](uint8_t* tile) {
+    return [tile](int row, int piece) { return tile + tile_offset(row, piece); };
+  };
+  load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(p.q) + at, stride, length, keys(s.q));
+  load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(p.k) + at, stride, length, keys(s.k));
   constexpr int kPieces = kGatePieces<kGateType>;
-  const uint8_t* g = static_cast<const uint8_t*>(p.g) + (token * shape.HV + head) * kPieces * 16;
-  for_each_piece<kPieces>([&](int row, int piece) {
-    load_piece(s.g + gate_piece_offset<kGateType>(row, piece), g, shape.HV * kPieces * 16, row,
-               piece, length);
-  });
+  load_tile<kPieces>(static_cast<const uint8_t*>(p.g) + (token * shape.HV + head) * kPieces * 16,
+                     shape.HV * kPieces * 16, length, [&](int row, int piece) {
+                       return s.g + gate_piece_offset<kGateType>(row, piece);
+                     });
 }
 
 // The gradients that have taken the place of q, k and g. dq and dk of a group of heads went to the
@@ -208,33 +214,27 @@ __device__ __forceinline__ void store_gradients(const Shared<kGateType>& s, cons
                                                 const Item& item, int64_t head) {
   const ForwardShape& shape = b.forward.shape;
   const int64_t token = item.token(shape);
-  const int length = item.chunk.length;
+  const int length = item.length;
   constexpr int kPieces = kGatePieces<kGateType>;
-  uint8_t* dg = static_cast<uint8_t*>(b.dg) + (token * shape.HV + head) * kPieces * 16;
-  for_each_piece<kPieces>([&](int row, int piece) {
-    if (row < length)
-      *reinterpret_cast<uint4*>(dg + row * shape.HV * kPieces * 16 + 16 * piece) =
-          *reinterpret_cast<const uint4*>(s.g + gate_piece_offset<kGateType>(row, piece));
-  });
+  store_tile<kPieces>(static_cast<uint8_t*>(b.dg) + (token * shape.HV + head) * kPieces * 16,
+                      shape.HV * kPieces * 16, length, [&](int row, int piece) {
+                        return s.g + gate_piece_offset<kGateType>(row, piece);
+                      });
   if (shape.HV != shape.H) return;
   const int64_t stride = shape.H * Config::kRowBytes,
                 at = (token * shape.H + head) * Config::kRowBytes;
-  for_each_piece<Config::kRowPieces>([&](int row, int piece) {
-    if (row >= length) return;
-    const uint32_t from = tile_offset(row, piece);
-    const int64_t to = at + row * stride + 16 * piece;
-    *reinterpret_cast<uint4*>(static_cast<uint8_t*>(b.dq) + to) =
-        *reinterpret_cast<const uint4*>(s.q + from);
-    *reinterpret_cast<uint4*>(static_cast<uint8_t*>(b.dk) + to) =
-        *reinterpret_cast<const uint4*>(s.k + from);
-  });
+  auto keys = [](const uint8_t* tile) {
+    return [tile](int row, int piece) { return tile + tile_offset(row, piece); };
+  };
+  store_tile<Config::kRowPieces>(static_cast<uint8_t*>(b.dq) + at, stride, length, keys(s.q));
+  store_tile<Config::kRowPieces>(static_cast<uint8_t*>(b.dk) + at, stride, length, keys(s.k));
 }
 
 // `bytes` of each of the chunk's rows of [B, T, HV, ..] for the head.
 __device__ __forceinline__ void clear_rows(void* base, const ForwardShape& shape, const Item& item,
                                            int64_t head, int bytes) {
   const int pieces = bytes / 16;
-  for (int at = threadIdx.x; at < item.chunk.length * pieces; at += Config::kThreads)
+  for (int at = threadIdx.x; at < item.length * pieces; at += Config::kThreads)
     reinterpret_cast<uint4*>(
         base)[((item.token(shape) + at / pieces) * shape.HV + head) * pieces + at % pieces] =
         make_uint4(0, 0, 0, 0);
@@ -251,7 +251,7 @@ __device__ __forceinline__ void clear_gradients(const BackwardParams& b, const B
   clear_rows(b.dv, shape, item, head, Config::kRowBytes);
   clear_rows(b.dg, shape, item, head,
              b.forward.g_dtype == DType::kBF16 ? Config::kRowBytes : 2 * Config::kRowBytes);
-  if (threadIdx.x < item.chunk.length) {
+  if (threadIdx.x < item.length) {
     const int64_t at = (item.token(shape) + threadIdx.x) * shape.HV + head;
     if (b.forward.beta_dtype == DType::kBF16) {
       static_cast<uint16_t*>(b.d_beta)[at] = 0;

@@ -14,10 +14,10 @@
 // dt_bias and A_log.
 //
 // Grid: gradient_ctas_per_head CTAs a value head, heads fastest; each takes every so many chunks of
-// its head. A warp owns 16 channels of all 64 tokens, everything transposed: sums over tokens stay
-// in the warp, and its elements of a product are the left operand of the next one, so factors and
+// its head. A warp owns 16 channels of 32 tokens, everything transposed: sums over tokens stay in the
+// warp and its neighbour, and its elements of a product are the left operand of the next one, so
 // sums never leave registers. The products over V run on the warpgroups' tensor cores from shared
-// memory; it is loaded with the next chunk as soon as they are through.
+// memory; it holds factors and decays behind them, then the next chunk's are loaded.
 //
 // Read: q, k, g, beta, dO, dR (which is dv), U, boundary images. Written: dq, dk, dg, d_beta, the
 // partial sums, zeros for padding. Rows behind the chunk's end are never read: they count as zeros.
@@ -26,6 +26,18 @@
 #include "sm90/chunk_gradient/outputs.cuh"
 
 namespace jax_flashkda::chunk_gradient {
+
+// What the gate needs of the item's row. Nobody reads the last item's any more.
+template <class Shared>
+__device__ __forceinline__ void load_head_scalars(Shared& s, const ForwardParams& p, int64_t row,
+                                                  int64_t head) {
+  const int64_t gate_head = row * p.shape.HV + head;
+  if (threadIdx.x < Config::kHeadDim)
+    s.dt_bias[threadIdx.x] =
+        p.dt_bias != nullptr ? __ldg(p.dt_bias + gate_head * Config::kHeadDim + threadIdx.x) : 0.0f;
+  if (threadIdx.x == Config::kHeadDim)
+    s.amplitude = p.A_log != nullptr ? expf(__ldg(p.A_log + gate_head)) : 1.0f;
+}
 
 // This thread's copies but the last `Pending` groups have arrived.
 template <int Pending>
@@ -36,10 +48,11 @@ __device__ __forceinline__ void commit_async_loads() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Products over V: scores' gradients to shared memory, parts through the states to `sums`.
+// Products over V: scores' gradients to shared memory, parts through the states to `sums`. A
+// warpgroup owns half the channels of half the tokens; of the scores' gradients half the columns of
+// one.
 template <class Shared>
-__device__ __forceinline__ void multiply_values(Sums& sums, float (&boundary_products)[2],
-                                                Shared& s, float scale, int warpgroup,
+__device__ __forceinline__ void multiply_values(Sums& sums, Shared& s, float scale, int warpgroup,
                                                 const Place& at) {
   Elements scores;
   fence_elements(scores);
@@ -47,46 +60,59 @@ __device__ __forceinline__ void multiply_values(Sums& sums, float (&boundary_pro
   fence_elements(sums.k_row);
   fence_elements(sums.k_column);
   wgmma_fence();
-  product_over_values<false>(scores, operand(warpgroup == 0 ? s.d_o : s.d_r), operand(s.u));
+  const bool upper_channels = warpgroup & 1;
+  const uint64_t tokens = (warpgroup >> 1) * 256;  // 32 rows of 128 bytes
+  product_over_values<false>(scores, operand(upper_channels ? s.values.d_r : s.values.d_o),
+                             operand(s.values.u) + tokens);
   wgmma_commit();
-  const int half = warpgroup * static_cast<int>(kBoundaryBytes) / 2;
-  product_over_values<true>(sums.q_row, operand(s.state + half), operand(s.d_o));
-  product_over_values<true>(sums.k_row, operand(s.state + half), operand(s.d_r));
-  product_over_values<true>(sums.k_column, operand(s.state_gradient + half), operand(s.u));
+  const int channels = upper_channels ? static_cast<int>(kBoundaryBytes) / 2 : 0;
+  product_over_values<true>(sums.q_row, operand(s.values.state + channels),
+                            operand(s.values.d_o) + tokens);
+  product_over_values<true>(sums.k_row, operand(s.values.state + channels),
+                            operand(s.values.d_r) + tokens);
+  product_over_values<true>(sums.k_column, operand(s.values.state_gradient + channels),
+                            operand(s.values.u) + tokens);
   wgmma_commit();
-  multiply_boundaries(boundary_products, s, at);
+  multiply_boundaries(s, at);
   wgmma_wait<1>();
   fence_elements(scores);
-  store_score_gradients(s, scores, scale, at);
+  store_score_gradients(s, scores, scale, !upper_channels, at);
   wgmma_wait<0>();
   fence_elements(sums.q_row);
   fence_elements(sums.k_row);
   fence_elements(sums.k_column);
 }
 
-// From the products and the raw inputs to gradients, in the inputs' places.
+// From the products and the raw inputs to gradients of the normalised q and k and of the log decay,
+// in the places of the products.
 template <DType kGateType>
-__device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums, GateSums& total,
-                                               const float (&boundary_products)[2],
-                                               const BackwardParams& b, const BackwardWorkspace& w,
-                                               const HeadGate& gate, const Item& item, int64_t head,
+__device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums,
+                                               const ForwardParams& p, int length,
                                                const Place& at) {
-  const ForwardParams& p = b.forward;
-  const int length = item.chunk.length;
-  {
-    Decays d;
-    find_decays<kGateType>(d, s, p.gate, gate, length, at);
-    Factors f;
-    find_factors(f, s, d, at);
-    float end[2];
-    refer_state_parts(sums, end, f, d, p.scale);
+  Decays d;
+  find_decays<kGateType>(d, s, p.gate, find_head_gate(s, p, at), length, at);
+  write_factors(s, d, at);
+  meet_pair(at);  // both halves' factors and references, before either warp reads the other's
+  ChannelSums<Shared<kGateType>> channels{sums, s, d, at};
+  channels.refer_rows(p.scale);
+  Columns columns = {};
+  add_scores(sums, columns, s, d, at);
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      end[h] = fmaf(exp2_fast(d.end_integer[h] + d.end_fraction[h]), boundary_products[h], end[h]);
-    add_score_gradients(sums, f, s, d, at);
-    finish_sums(sums, f, s, d, at);
-    sum_from_end(sums.k_column, end, at);
-  }
+  for (int block = 0; block < Config::kBlocks; ++block) channels.finish(block, columns[block]);
+  channels.add_other_tokens();
+  if (p.qk_l2norm) find_dot_parts(s, sums, at);
+}
+
+// Through the gate and the norms, in the places of the raw inputs.
+template <DType kGateType>
+__device__ __forceinline__ void write_gradients(Shared<kGateType>& s, const Sums& sums,
+                                                GateSums& total, const BackwardParams& b,
+                                                const BackwardWorkspace& w, const Item& item,
+                                                int64_t head, const Place& at) {
+  const ForwardParams& p = b.forward;
+  const int length = item.length;
+  if (p.qk_l2norm) sum_dots(s);
+  const HeadGate gate = find_head_gate(s, p, at);
   if (p.gate == Gate::kSoftplus) {
     write_gate_gradients<Gate::kSoftplus>(s, total, sums.k_column, gate, length, at);
   } else if (p.gate == Gate::kBounded) {
@@ -94,7 +120,7 @@ __device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums,
   } else {
     write_gate_gradients<Gate::kLogDecay>(s, total, sums.k_column, gate, length, at);
   }
-  if (p.qk_l2norm) find_dots(s, sums, at);
+  if (p.qk_l2norm) __syncthreads();  // the dots, before everybody reads them
   float *head_q = nullptr, *head_k = nullptr;
   const int64_t stride = p.shape.HV * Config::kHeadDim;
   if (p.shape.HV != p.shape.H) {
@@ -103,8 +129,8 @@ __device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums,
     head_q = reinterpret_cast<float*>(workspace + w.head_gradients_q) + row;
     head_k = reinterpret_cast<float*>(workspace + w.head_gradients_k) + row;
   }
-  write_key_gradients(s.q, s, 0, sums.q_row, p.qk_l2norm, head_q, stride, length, at);
-  write_key_gradients(s.k, s, 1, sums.k_row, p.qk_l2norm, head_k, stride, length, at);
+  write_key_gradients(s, 0, sums.q_row, p.qk_l2norm, head_q, stride, length, at);
+  write_key_gradients(s, 1, sums.k_row, p.qk_l2norm, head_k, stride, length, at);
 }
 
 template <DType kGateType>
@@ -115,20 +141,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   Shared<kGateType>& s = *reinterpret_cast<Shared<kGateType>*>(
       shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
   const ForwardParams& p = b.forward;
-  const Place at = {static_cast<int>(threadIdx.x) / 32, static_cast<int>(threadIdx.x) % 32};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128,
                                     0);  // tells the compiler that warps do not diverge on it
-  Items items(p, w.forward, ctas_per_head);
-  const int64_t head = items.head;
-
+  const int head = static_cast<int>(blockIdx.x % static_cast<uint32_t>(p.shape.HV));
+  Items items(p, w.forward);
   // The CTA's partials: rows it meets no chunk of keep zeros.
-  const int64_t first_partial =
-                    (items.index * p.shape.B * p.shape.HV + head) * Config::kPartialFloats,
-                row_partials = p.shape.HV * Config::kPartialFloats;
-  float* partials =
-      reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + w.partials) + first_partial;
+  auto partial = [&](int64_t row) {
+    const int64_t part = blockIdx.x / static_cast<uint32_t>(p.shape.HV);
+    return reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + w.partials) +
+           ((part * p.shape.B + row) * p.shape.HV + head) * Config::kPartialFloats;
+  };
   for (int64_t row = 0; row < p.shape.B; ++row)
-    if (threadIdx.x < Config::kPartialFloats) partials[row * row_partials + threadIdx.x] = 0.0f;
+    if (threadIdx.x < Config::kPartialFloats) partial(row)[threadIdx.x] = 0.0f;
   if (threadIdx.x == 0) {
     mbarrier_init(&s.boundaries_full, 1);
     fence_barrier_init();
@@ -136,42 +160,48 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();  // zeros and the barrier, before anybody uses them
 
   auto clear = [&](const Item& padding) { clear_gradients(b, w, padding, head); };
-  Item item = items.next(clear);
-  if (item.exists()) load_values(s, b, w, item, head);
-  commit_async_loads();
-  if (item.exists()) load_keys<kGateType>(s, p, item, head);
+  // The next item, its values on their way; all threads find the same one.
+  auto start_next = [&](Item& next) {
+    const Item found = items.next(ctas_per_head, clear);
+    if (threadIdx.x == 0) next = found;
+    if (found.exists()) load_values(s, b, w, found, head);
+    commit_async_loads();
+  };
+  start_next(s.items[0]);
+  __syncthreads();  // the item is there
+  if (s.items[0].exists()) load_keys<kGateType>(s, p, s.items[0], head);
   commit_async_loads();
   GateSums total = {};
-  for (uint32_t parity = 0; item.exists(); parity ^= 1) {
-    const HeadGate gate = load_head_gate(p, item.chunk.row, head, at);
+  for (uint32_t turn = 0; s.items[turn & 1].exists(); ++turn) {
+    const Item &item = s.items[turn & 1], &next = s.items[(turn & 1) ^ 1];
+    const Place at(s);
+    load_head_scalars(s, p, item.row, head);
     wait_for_async_loads<1>();  // dO, dR, U
     fence_async_shared();       // they and filled boundaries, before the tensor cores read them
-    mbarrier_wait(&s.boundaries_full, parity);  // the boundary images have arrived
+    mbarrier_wait(&s.boundaries_full, turn & 1);  // the boundary images have arrived
     __syncthreads();  // all threads' copies and fills, before the products
 
     Sums sums;
-    float boundary_products[2];
-    multiply_values(sums, boundary_products, s, p.scale, warpgroup, at);
+    multiply_values(sums, s, p.scale, warpgroup, at);
     wait_for_async_loads<0>();  // q, k, g
     __syncthreads();  // all threads' copies and score gradients; the products have read the values
 
-    const Item next = items.next(clear);
-    if (next.exists()) load_values(s, b, w, next, head);
-    commit_async_loads();
     find_norms(s, p.qk_l2norm, at);
-    if (static_cast<int>(threadIdx.x) < item.chunk.length)
+    if (static_cast<int>(threadIdx.x) < item.length)
       write_beta_gradient(b, (item.token(p.shape) + threadIdx.x) * p.shape.HV + head,
                           s.d_r_times_u[threadIdx.x]);
     __syncthreads();  // every warp's norms, before they are read
-    find_gradients(s, sums, total, boundary_products, b, w, gate, item, head, at);
+    find_gradients(s, sums, p, item.length, at);
+    fence_async_shared();  // the scratch's uses, before copies take its place
+    __syncthreads();       // everybody's, and every warp's parts of the dots
+    start_next(s.items[(turn & 1) ^ 1]);
+    write_gradients(s, sums, total, b, w, item, head, at);
     __syncthreads();  // every warp's channels of the gradients, before whole rows leave
     store_gradients(s, b, item, head);
-    if (!next.exists() || next.chunk.row != item.chunk.row)
-      add_partial(s, partials + item.chunk.row * row_partials, total, at);
+    if (next.row != item.row || !next.exists()) add_partial(s, partial(item.row), total, at);
     __syncthreads();  // the gradients have been read, before inputs take their place
     if (next.exists()) load_keys<kGateType>(s, p, next, head);
     commit_async_loads();
-    item = next;
   }
 }
 

@@ -5,121 +5,178 @@
 
 namespace jax_flashkda::chunk_gradient {
 
-// The parts through the states, which come as bare products, under the tokens' references:
-//   dq_d = scale dO S^T      dk_d = -dR S^T      dk_r = U dS'^T
-// Returns for each channel sum over j of k_j exp(G_C - G_j) dk_r_j: what the chunk's whole decay
-// gets from the restored keys.
-__device__ __forceinline__ void refer_state_parts(Sums& sums, float (&restored)[2],
-                                                  const Factors& f, const Decays& d, float scale) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) restored[h] = 0.0f;
-#pragma unroll
-  for (int n = 0; n < Config::kGroups; ++n) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int block = n >> 1;
-      const float row = exp2_fast(d.row_reference[block][h]),
-                  column = exp2_fast(d.end_integer[h] - d.column_reference(block, h) +
-                                     d.end_fraction[h]);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int i = 2 * h + e;
-        sums.q_row[n][i] *= scale * row;
-        sums.k_row[n][i] *= -row;
-        sums.k_column[n][i] *= column;
-      }
-      const uint32_t k = f.k_column[2 * n + h];
-      restored[h] = fmaf(bf16_low(k), sums.k_column[n][2 * h], restored[h]);
-      restored[h] = fmaf(bf16_high(k), sums.k_column[n][2 * h + 1], restored[h]);
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    restored[h] += __shfl_xor_sync(0xffffffffu, restored[h], 1);
-    restored[h] += __shfl_xor_sync(0xffffffffu, restored[h], 2);
-  }
-}
-
-// Sums to gradients of normalised q and k and of G, in their places: q_row becomes dqn, k_row dkn,
-// k_column dG. A pair of tokens enters dG with the same rounded factors in its row and its column,
-// so that it cancels exactly ahead of both.
+// From the products with V and the factors to gradients of normalised q and k, in the places of
+// q_row and k_row, and of the log decay, in that of k_column.
+//
+//   d log decay_t = sum over i >= t of dG_i + sum over j < t of k_j exp(G_C - G_j) dk_r_j
+//                   + exp(G_C) <S, dS'>
+//
+// with dG_i from pairs of tokens and the state at the chunk's start alone: where everything decays
+// fast it is as small as the result, which a difference of all restored keys and of those behind t
+// would not be. A pair of tokens enters dG with the same rounded factors in its row and in its
+// column, so that it cancels ahead of both.
 template <class Shared>
-__device__ __forceinline__ void finish_sums(Sums& sums, const Factors& f, const Shared& s,
-                                            const Decays& d, const Place& at) {
+struct ChannelSums {
+  Sums& sums;
+  Shared& s;
+  const Decays& d;
+  const Place& at;
+  float restored[2] = {};              // over the tokens so far
+  float d_G[Config::kGroups][2] = {};  // of each group of tokens
+
+  static __device__ float half_of(uint32_t pair, int e) {
+    return e ? bf16_high(pair) : bf16_low(pair);
+  }
+
+  // The parts through the state at the chunk's start, under the rows' references.
+  __device__ void refer_rows(float scale) {
 #pragma unroll
-  for (int block = 0; block < Config::kBlocks; ++block) {
+    for (int block = 0; block < Config::kBlocks; ++block)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float row = exp2_fast(
+            s.exchange.row_reference[Config::kBlocks * at.half() + block][at.channel() + 8 * h]);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            sums.q_row[2 * block + m][2 * h + e] *= scale * row;
+            sums.k_row[2 * block + m][2 * h + e] *= -row;
+          }
+      }
+  }
+
+  // Sums over the tokens of a group: what d log decay gets from its restored keys and its dG.
+  __device__ void cumulate(int n, int h, float x0, float x1, float dG0, float dG1) {
+    const GroupSums keys = sum_group(x0 + x1, at.lane), decays = sum_group(dG0 + dG1, at.lane);
+    const float before = restored[h] + keys.before, behind = decays.behind + dG1;
+    sums.k_column[n][2 * h] = before + (behind + dG0);
+    sums.k_column[n][2 * h + 1] = (before + x0) + behind;
+    restored[h] += keys.all;
+    d_G[n][h] = decays.all;
+  }
+
+  // `column`: what scores give the block's columns.
+  __device__ void finish(int block, const float (&column)[2][4]) {
+    const Scratch& scratch = s.scratch;
+    const int i = Config::kBlocks * at.half() + block, warp = at.channel_warp();
     uint32_t q_raw[4], k_raw[4];
-    load_matrices_transposed(q_raw, block_address(s.q, block, at));
-    load_matrices_transposed(k_raw, block_address(s.k, block, at));
-    float q[2][4], k[2][4];
+    load_matrices_transposed(q_raw, key_address(at, kTileQ, block));
+    load_matrices_transposed(k_raw, key_address(at, kTileK, block));
+    const uint4 q_rows = scratch.q_row[i][warp][at.lane], k_rows = scratch.k_row[i][warp][at.lane],
+                k_columns = scratch.k_column[i][warp][at.lane];
+    float end[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      end[h] = exp2_fast(
+          HalfDecays(s, h, at).end_from(s.exchange.column_reference[i][at.channel() + 8 * h]));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const int n = 2 * block + m;
       const float2 q_norm = load_norms(s, 0, n, at), k_norm = load_norms(s, 1, n, at),
-                   diagonal =
-                       *reinterpret_cast<const float2*>(&s.d_A_qk_diagonal[8 * n + at.token()]);
+                   own = *reinterpret_cast<const float2*>(&s.d_A_qk_diagonal[8 * n + at.token()]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int h = i >> 1, e = i & 1;
-        auto half = [e](uint32_t x) { return e ? bf16_high(x) : bf16_low(x); };
-        q[m][i] = half(q_raw[2 * m + h]) * (e ? q_norm.y : q_norm.x);
-        k[m][i] = half(k_raw[2 * m + h]) * (e ? k_norm.y : k_norm.x);
-        const float own = e ? diagonal.y : diagonal.x;
-        const float q_row = sums.q_row[n][i], k_row = sums.k_row[n][i],
-                    k_column = sums.k_column[n][i];
-        const float down = exp2_fast(d.from_row[n][i]), up = exp2_fast(d.to_column(n, i));
-        sums.q_row[n][i] = fmaf(own, k[m][i], down * q_row);
-        sums.k_row[n][i] = fmaf(own, q[m][i], fmaf(down, k_row, up * k_column));
-        sums.k_column[n][i] =
-            fmaf(half(f.q_row[2 * n + h]), q_row,
-                 fmaf(half(f.k_row[2 * n + h]), k_row, -half(f.k_column[2 * n + h]) * k_column));
+      for (int h = 0; h < 2; ++h) {
+        const float4 decays = scratch.decays[at.warp][n][h][at.lane];
+        const uint32_t q_pair = q_raw[2 * m + h], k_pair = k_raw[2 * m + h],
+                       q_row_pair = word(q_rows, 2 * m + h), k_row_pair = word(k_rows, 2 * m + h),
+                       k_column_pair = word(k_columns, 2 * m + h);
+        float dG[2], restored_keys[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int at_e = 2 * h + e;
+          const float q = half_of(q_pair, e) * (e ? q_norm.y : q_norm.x),
+                      k = half_of(k_pair, e) * (e ? k_norm.y : k_norm.x),
+                      diagonal = e ? own.y : own.x, down = e ? decays.w : decays.z,
+                      up = exp2_fast(d.span[block][h] - (e ? decays.y : decays.x));
+          const float q_row = sums.q_row[n][at_e], k_row = sums.k_row[n][at_e],
+                      k_column = half_of(k_column_pair, e),
+                      through_state = sums.k_column[n][at_e] * end[h];
+          sums.q_row[n][at_e] = fmaf(diagonal, k, down * q_row);
+          sums.k_row[n][at_e] =
+              fmaf(diagonal, q, fmaf(down, k_row, up * (through_state + column[m][at_e])));
+          dG[e] = fmaf(half_of(q_row_pair, e), q_row,
+                       fmaf(half_of(k_row_pair, e), k_row, -k_column * column[m][at_e]));
+          restored_keys[e] = k_column * through_state;
+        }
+        cumulate(n, h, restored_keys[0], restored_keys[1], dG[0], dG[1]);
       }
     }
-    if (d.far[block]) {
-      float dq[2][4], dk[2][4], dG[2][4], G[2][4];
+    if (d.far[block]) add_pairwise(block);
+  }
+
+  static __device__ uint32_t word(const uint4& x, int i) {
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+  }
+
+  // The pairs of a diagonal block that the products left out.
+  __device__ void add_pairwise(int block) {
+    uint32_t q_raw[4], k_raw[4];
+    load_matrices_transposed(q_raw, key_address(at, kTileQ, block));
+    load_matrices_transposed(k_raw, key_address(at, kTileK, block));
+    float q[2][4], k[2][4], dq[2][4], dk[2][4], dG[2][4] = {}, G[2][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < 2; ++m) {
+      const int n = 2 * block + m;
+      const float2 q_norm = load_norms(s, 0, n, at), k_norm = load_norms(s, 1, n, at);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          dq[m][i] = sums.q_row[2 * block + m][i];
-          dk[m][i] = sums.k_row[2 * block + m][i];
-          dG[m][i] = sums.k_column[2 * block + m][i];
-          G[m][i] = d.from_row[2 * block + m][i];
-        }
-      add_pairwise_gradients(dq, dk, dG, q, k, G, s, block, at);
+      for (int i = 0; i < 4; ++i) {
+        q[m][i] = half_of(q_raw[2 * m + (i >> 1)], i & 1) * (i & 1 ? q_norm.y : q_norm.x);
+        k[m][i] = half_of(k_raw[2 * m + (i >> 1)], i & 1) * (i & 1 ? k_norm.y : k_norm.x);
+        dq[m][i] = sums.q_row[n][i];
+        dk[m][i] = sums.k_row[n][i];
+        const float4& decays = s.scratch.decays[at.warp][n][i >> 1][at.lane];
+        G[m][i] = i & 1 ? decays.y : decays.x;
+      }
+    }
+    add_pairwise_gradients(dq, dk, dG, q, k, G, s, Config::kBlocks * at.half() + block, at);
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < 2; ++m) {
+      const int n = 2 * block + m;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums.q_row[2 * block + m][i] = dq[m][i];
-          sums.k_row[2 * block + m][i] = dk[m][i];
-          sums.k_column[2 * block + m][i] = dG[m][i];
-        }
+      for (int i = 0; i < 4; ++i) {
+        sums.q_row[n][i] = dq[m][i];
+        sums.k_row[n][i] = dk[m][i];
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float dG0 = dG[m][2 * h], dG1 = dG[m][2 * h + 1];
+        const GroupSums decays = sum_group(dG0 + dG1, at.lane);
+        sums.k_column[n][2 * h] += (decays.behind + dG1) + dG0;
+        sums.k_column[n][2 * h + 1] += decays.behind + dG1;
+        d_G[n][h] += decays.all;
+      }
     }
   }
-}
 
-// d log decay of token t = sum over i >= t of dG_i, and all of what the chunk's whole decay gets.
-__device__ __forceinline__ void sum_from_end(Elements& dG, const float (&end)[2], const Place& at) {
-  const int t = at.lane & 3;
-  float behind[2] = {end[0], end[1]};
-#pragma unroll
-  for (int n = Config::kGroups - 1; n >= 0; --n) {
+  // What lies in other groups, in the other half, and the state's whole decay.
+  __device__ void add_other_tokens() {
+    float half_d_G[2];
+    const int channel = at.channel(), half = at.half();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float &x0 = dG[n][2 * h], &x1 = dG[n][2 * h + 1];
-      float sum = x0 + x1;
-      float other = __shfl_down_sync(0xffffffffu, sum, 1, 4);
-      sum += t < 3 ? other : 0.0f;
-      other = __shfl_down_sync(0xffffffffu, sum, 2, 4);
-      sum += t < 2 ? other : 0.0f;
-      other = __shfl_down_sync(0xffffffffu, sum, 1, 4);
-      x1 += (t < 3 ? other : 0.0f) + behind[h];
-      x0 = sum + behind[h];
-      behind[h] += __shfl_sync(0xffffffffu, sum, 0, 4);
+      half_d_G[h] = (d_G[0][h] + d_G[1][h]) + (d_G[2][h] + d_G[3][h]);
+      if ((at.lane & 3) == 0) {
+        s.exchange.restored[half][channel + 8 * h] = restored[h];
+        s.exchange.d_G[half][channel + 8 * h] = half_d_G[h];
+      }
+    }
+    meet_pair(at);  // both halves' sums, before either warp reads the other's
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int c = channel + 8 * h;
+      const float S_dS = s.exchange.boundary_product[0][c] + s.exchange.boundary_product[1][c];
+      float rest = fmaf(exp2_fast(HalfDecays(s, h, at).end_from(0.0f)), S_dS,
+                        half ? s.exchange.restored[0][c] : s.exchange.d_G[1][c]);
+#pragma unroll
+      for (int n = Config::kGroups - 1; n >= 0; --n) {
+        sums.k_column[n][2 * h] += rest;
+        sums.k_column[n][2 * h + 1] += rest;
+        rest += d_G[n][h];
+      }
     }
   }
-}
+};
 
 // A thread's sums over its elements of the row's chunks.
 struct GateSums {
@@ -134,7 +191,7 @@ __device__ __forceinline__ void store_gate_gradients(Shared<kGateType>& s, const
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       r[i] = pack_bf16(dg[i >> 1][2 * (i & 1)], dg[i >> 1][2 * (i & 1) + 1]);
-    store_matrices_transposed(block_address(s.g, block, at), r);
+    store_matrices_transposed(key_address(at, kTileG, block), r);
   } else {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -175,27 +232,16 @@ __device__ __forceinline__ void write_gate_gradients(Shared<kGateType>& s, GateS
   }
 }
 
-// Hands half of the remaining values to the lane that differs in the mask and takes its share of
-// the others.
-template <int kMask, int kHalf, int kCount>
-__device__ __forceinline__ void fold_values(float (&values)[kCount], int lane) {
-  const bool upper = lane & kMask;
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const float low = values[i], high = values[i + kHalf];
-    values[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kMask);
-  }
-}
-
-// <qn, dqn> and <kn, dkn> of every token, over all channels: what normalisation takes away.
+// <qn, dqn> and <kn, dkn> of every token, over the warp's channels.
 template <class Shared>
-__device__ __forceinline__ void find_dots(Shared& s, const Sums& sums, const Place& at) {
-  float parts[4 * Config::kGroups];  // of q, then of k: tokens 8 n + 2 (lane % 4) + e
+__device__ __forceinline__ void find_dot_parts(Shared& s, const Sums& sums, const Place& at) {
+  constexpr int kTokens = 2 * Config::kGroups;
+  float parts[2 * kTokens];  // of q, then of k: tokens 8 n + 2 (lane % 4) + e
 #pragma unroll
   for (int block = 0; block < Config::kBlocks; ++block) {
     uint32_t q[4], k[4];
-    load_matrices_transposed(q, block_address(s.q, block, at));
-    load_matrices_transposed(k, block_address(s.k, block, at));
+    load_matrices_transposed(q, key_address(at, kTileQ, block));
+    load_matrices_transposed(k, key_address(at, kTileK, block));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       const int n = 2 * block + m;
@@ -204,39 +250,37 @@ __device__ __forceinline__ void find_dots(Shared& s, const Sums& sums, const Pla
       const uint32_t q0 = q[2 * m], q1 = q[2 * m + 1], k0 = k[2 * m], k1 = k[2 * m + 1];
       parts[2 * n] = fmaf(bf16_low(q0), dq[0], bf16_low(q1) * dq[2]);
       parts[2 * n + 1] = fmaf(bf16_high(q0), dq[1], bf16_high(q1) * dq[3]);
-      parts[16 + 2 * n] = fmaf(bf16_low(k0), dk[0], bf16_low(k1) * dk[2]);
-      parts[16 + 2 * n + 1] = fmaf(bf16_high(k0), dk[1], bf16_high(k1) * dk[3]);
+      parts[kTokens + 2 * n] = fmaf(bf16_low(k0), dk[0], bf16_low(k1) * dk[2]);
+      parts[kTokens + 2 * n + 1] = fmaf(bf16_high(k0), dk[1], bf16_high(k1) * dk[3]);
     }
   }
-  fold_values<16, 16>(parts, at.lane);
-  fold_values<8, 8>(parts, at.lane);
-  fold_values<4, 4>(parts, at.lane);
-  const int row = at.lane >> 2, group = 2 * (row & 3);
-  float (&to)[kChunk] = s.dot_parts[at.warp][row >> 2];
+  fold_values<16, 8>(parts, at.lane);
+  fold_values<8, 4>(parts, at.lane);
+  fold_values<4, 2>(parts, at.lane);
+  const int row = at.lane >> 2;  // of q for 0 .. 3, else of k; groups row % 4
+  *reinterpret_cast<float2*>(&s.dots[at.channel_warp()][row >> 2][8 * (row & 3) + at.token()]) =
+      make_float2(parts[0], parts[1]);
+}
+
+// Over all channels: what normalisation takes away.
+template <class Shared>
+__device__ __forceinline__ void sum_dots(Shared& s) {
+  if (threadIdx.x >= 2 * kChunk) return;
+  const int of_k = threadIdx.x / kChunk, token = threadIdx.x % kChunk;
+  const float norm = s.norms[of_k][token];
+  float dot = 0.0f;
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
-    *reinterpret_cast<float2*>(&to[8 * (group + m) + at.token()]) =
-        make_float2(parts[2 * m], parts[2 * m + 1]);
-  __syncthreads();  // every warp's parts, before they are summed
-  if (threadIdx.x < 2 * kChunk) {
-    const int of_k = threadIdx.x / kChunk, token = threadIdx.x % kChunk;
-    const float norm = s.norms[of_k][token];
-    float dot = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < Config::kWarps; ++warp) dot += s.dot_parts[warp][of_k][token];
-    // Of normalised rows, and once more their factor, which stands before each raw element.
-    s.dots[of_k][token] = dot * norm * norm;
-  }
-  __syncthreads();  // the sums, before everybody reads them
+  for (int warp = 0; warp < Config::kChannelWarps; ++warp) dot += s.dots[warp][of_k][token];
+  // Of normalised rows, and once more their factor, which stands before each raw element.
+  s.dots[0][of_k][token] = dot * norm * norm;
 }
 
 // dx = f (dxn - xn <xn, dxn>) with xn = f x, in the place of x, or for a group of heads in fp32 to
 // the workspace.
 template <class Shared>
-__device__ __forceinline__ void write_key_gradients(uint8_t* tile, const Shared& s, int of_k,
-                                                    const Elements& d, bool qk_l2norm,
-                                                    float* head_gradients, int64_t stride,
-                                                    int length, const Place& at) {
+__device__ __forceinline__ void write_key_gradients(const Shared& s, int of_k, const Elements& d,
+                                                    bool qk_l2norm, float* head_gradients,
+                                                    int64_t stride, int length, const Place& at) {
 #pragma unroll
   for (int block = 0; block < Config::kBlocks; ++block) {
     float dx[2][4];
@@ -244,7 +288,7 @@ __device__ __forceinline__ void write_key_gradients(uint8_t* tile, const Shared&
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i) dx[m][i] = d[2 * block + m][i];
-    const uint32_t place = block_address(tile, block, at);
+    const uint32_t place = key_address(at, of_k ? kTileK : kTileQ, block);
     if (qk_l2norm) {
       uint32_t raw[4];
       load_matrices_transposed(raw, place);
@@ -252,7 +296,7 @@ __device__ __forceinline__ void write_key_gradients(uint8_t* tile, const Shared&
       for (int m = 0; m < 2; ++m) {
         const int n = 2 * block + m;
         const float2 norm = load_norms(s, of_k, n, at),
-                     dot = *reinterpret_cast<const float2*>(&s.dots[of_k][8 * n + at.token()]);
+                     dot = *reinterpret_cast<const float2*>(&s.dots[0][of_k][8 * n + at.token()]);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t x = raw[2 * m + h];
@@ -307,13 +351,16 @@ __device__ __forceinline__ void add_partial(Shared& s, float* partial, GateSums&
   for (int h = 0; h < 2; ++h) {
     sums.dt_bias[h] += __shfl_xor_sync(0xffffffffu, sums.dt_bias[h], 1);
     sums.dt_bias[h] += __shfl_xor_sync(0xffffffffu, sums.dt_bias[h], 2);
-    if ((at.lane & 3) == 0) partial[at.channel() + 8 * h] += sums.dt_bias[h];
+    if ((at.lane & 3) == 0) s.exchange.restored[at.half()][at.channel() + 8 * h] = sums.dt_bias[h];
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     sums.A_log += __shfl_xor_sync(0xffffffffu, sums.A_log, lanes);
   if (at.lane == 0) s.A_sums[at.warp] = sums.A_log;
-  __syncthreads();  // every warp's sum, before they are summed
+  __syncthreads();  // every warp's sums, before they are summed
+  if (threadIdx.x < Config::kHeadDim)
+    partial[threadIdx.x] +=
+        s.exchange.restored[0][threadIdx.x] + s.exchange.restored[1][threadIdx.x];
   if (threadIdx.x == 0) {
     float sum = 0.0f;
 #pragma unroll

@@ -8,7 +8,9 @@
 
 namespace jax_flashkda::chunk_gradient {
 
-// Sums of the gradients of q and k relative to the references of the tokens' blocks.
+// Sums of the gradients of q and k relative to the references of the tokens' blocks. The parts
+// through the states come first, as bare products; a column's part through the state is kept apart
+// from its scores.
 struct Sums {
   Elements q_row, k_row, k_column;
 };
@@ -19,72 +21,96 @@ __device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
   return product;
 }
 
-// Two groups of sums += factors[16 channels x 16 tokens] times b[16 tokens x 16 tokens].
-__device__ __forceinline__ void add_product(Elements& sums, int group, const uint32_t (&factors)[4],
-                                            const uint32_t (&b)[4]) {
-  mma_bf16(sums[group], factors, b[0], b[1]);
-  mma_bf16(sums[group + 1], factors, b[2], b[3]);
-}
+// 16 channels by the 16 tokens of a block, as a left operand.
+struct Operand {
+  uint32_t r[4];
 
-// A block's factors, moved to another block's reference.
-__device__ __forceinline__ void take_factors(uint32_t (&out)[4],
-                                             const uint32_t (&factors)[2 * Config::kGroups],
-                                             int block, const uint32_t (&move)[2]) {
+  __device__ explicit Operand(const uint4& x) : r{x.x, x.y, x.z, x.w} {}
+
+  // Under another reference, `powers` lower: exact, a power of two for each channel, twice.
+  __device__ Operand moved(const uint32_t (&powers)[2]) const {
+    Operand out = *this;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = multiply_bf16(factors[4 * block + i], move[i & 1]);
-}
-__device__ __forceinline__ void take_factors(uint32_t (&out)[4],
-                                             const uint32_t (&factors)[2 * Config::kGroups],
-                                             int block) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = factors[4 * block + i];
-}
+    for (int i = 0; i < 4; ++i) out.r[i] = multiply_bf16(r[i], powers[i & 1]);
+    return out;
+  }
+};
 
-// Block (i, j) of the score gradients as the right operand of a product over its columns, or over
-// its rows.
-__device__ __forceinline__ void load_over_columns(uint32_t (&b)[4], const uint8_t* tile, int i,
-                                                  int j, int lane) {
-  load_matrices(b, shared_address(tile) + swizzle128(16 * i + (lane & 7) + 8 * (lane >> 4),
-                                                     2 * j + ((lane >> 3) & 1)));
-}
-__device__ __forceinline__ void load_over_rows(uint32_t (&b)[4], const uint8_t* tile, int i, int j,
-                                               int lane) {
-  load_matrices_transposed(
-      b, shared_address(tile) + swizzle128(16 * i + (lane & 15), 2 * j + (lane >> 4)));
-}
-
+// From column references of block j to row references of block i.
 template <class Shared>
-__device__ __forceinline__ void add_score_gradients(Sums& sums, const Factors& f, const Shared& s,
-                                                    const Decays& d, const Place& at) {
+__device__ __forceinline__ void powers_between(uint32_t (&out)[2], const Shared& s, int i, int j,
+                                               const Place& at) {
 #pragma unroll
-  for (int i = 0; i < Config::kBlocks; ++i) {
+  for (int h = 0; h < 2; ++h) {
+    const int c = at.channel() + 8 * h;
+    const float x = exp2_fast(s.exchange.row_reference[i][c] - s.exchange.column_reference[j][c]);
+    out[h] = pack_bf16(x, x);
+  }
+}
+
+// Two groups of sums += factors[16 channels x 16 tokens] times b[16 tokens x 16 tokens].
+__device__ __forceinline__ void add_product(float (&sums0)[4], float (&sums1)[4],
+                                            const Operand& factors, const uint32_t (&b)[4]) {
+  mma_bf16(sums0, factors.r, b[0], b[1]);
+  mma_bf16(sums1, factors.r, b[2], b[3]);
+}
+
+// Block (i, j) of the chunk's score gradients; dL lies behind dA_qk. A row of the tile is swizzled
+// by an exclusive or with the row, whose share is in the place already.
+__device__ __forceinline__ uint32_t score_address(uint32_t place, int i, int j, bool of_k) {
+  return (place ^ (32 * j)) + 2048 * i + (of_k ? Config::kHalfTile : 0);
+}
+
+// Rows of block i get what columns of block j, as `k_column`, give them.
+__device__ __forceinline__ void add_to_rows(Sums& sums, int block, const Operand& k_column, int i,
+                                            int j, const Place& at) {
+  uint32_t b[4];
+  load_matrices(b, score_address(at.over_columns, i, j, false));
+  add_product(sums.q_row[2 * block], sums.q_row[2 * block + 1], k_column, b);
+  load_matrices(b, score_address(at.over_columns, i, j, true));
+  add_product(sums.k_row[2 * block], sums.k_row[2 * block + 1], k_column, b);
+}
+
+// Columns of block j get what rows of block i give them.
+__device__ __forceinline__ void add_to_columns(float (&sums)[2][4], const Operand& q_row,
+                                               const Operand& k_row, int i, int j,
+                                               const Place& at) {
+  uint32_t b[4];
+  load_matrices_transposed(b, score_address(at.over_rows, i, j, false));
+  add_product(sums[0], sums[1], q_row, b);
+  load_matrices_transposed(b, score_address(at.over_rows, i, j, true));
+  add_product(sums[0], sums[1], k_row, b);
+}
+
+// Sums over scores, of the columns of a half's blocks.
+using Columns = float[Config::kBlocks][2][4];
+
+// All pairs of tokens but those of diagonal blocks whose exponents are pairwise: to the rows of
+// `sums`, and to `columns`.
+template <class Shared>
+__device__ __forceinline__ void add_scores(Sums& sums, Columns& columns, const Shared& s,
+                                           const Decays& d, const Place& at) {
+  const Scratch& f = s.scratch;
+  const int warp = at.channel_warp();
 #pragma unroll
-    for (int j = 0; j <= i; ++j) {
-      if (i == j && d.far[i]) continue;  // add_pairwise_gradients takes those
-      uint32_t q_row[4], k_row[4], k_column[4], b[4];
-      if (i == j) {
-        take_factors(q_row, f.q_row, i);
-        take_factors(k_row, f.k_row, i);
-        take_factors(k_column, f.k_column, j);
-      } else {
-        uint32_t move[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float power = exp2_fast(d.row_reference[i][h] - d.column_reference(j, h));
-          move[h] = pack_bf16(power, power);
-        }
-        take_factors(q_row, f.q_row, i, move);
-        take_factors(k_row, f.k_row, i, move);
-        take_factors(k_column, f.k_column, j, move);
-      }
-      load_over_columns(b, s.d_A_qk, i, j, at.lane);
-      add_product(sums.q_row, 2 * i, k_column, b);
-      load_over_columns(b, s.d_L, i, j, at.lane);
-      add_product(sums.k_row, 2 * i, k_column, b);
-      load_over_rows(b, s.d_A_qk, i, j, at.lane);
-      add_product(sums.k_column, 2 * j, q_row, b);
-      load_over_rows(b, s.d_L, i, j, at.lane);
-      add_product(sums.k_column, 2 * j, k_row, b);
+  for (int block = 0; block < Config::kBlocks; ++block) {
+    const int own = Config::kBlocks * at.half() + block;
+    uint32_t powers[2];
+    if (!d.far[block]) {
+      add_to_rows(sums, block, Operand(f.k_column[own][warp][at.lane]), own, own, at);
+      add_to_columns(columns[block], Operand(f.q_row[own][warp][at.lane]),
+                     Operand(f.k_row[own][warp][at.lane]), own, own, at);
+    }
+#pragma unroll 1
+    for (int j = 0; j < own; ++j) {
+      powers_between(powers, s, own, j, at);
+      add_to_rows(sums, block, Operand(f.k_column[j][warp][at.lane]).moved(powers), own, j, at);
+    }
+#pragma unroll 1
+    for (int i = own + 1; i < 2 * Config::kBlocks; ++i) {
+      powers_between(powers, s, i, own, at);
+      add_to_columns(columns[block], Operand(f.q_row[i][warp][at.lane]).moved(powers),
+                     Operand(f.k_row[i][warp][at.lane]).moved(powers), i, own, at);
     }
   }
 }
@@ -98,7 +124,7 @@ __device__ __forceinline__ float score_gradient(const uint8_t* tile, int i, int 
 
 // A diagonal block whose decay no reference point can carry: each pair of tokens gets its own
 // exponent. A channel's 16 tokens lie with four lanes, which pass theirs around. Adds to gradients
-// that no factor stands before any more.
+// that no factor stands before any more. `block` counts through the chunk.
 template <class Shared>
 __device__ __forceinline__ void add_pairwise_gradients(float (&dq)[2][4], float (&dk)[2][4],
                                                        float (&dG)[2][4], const float (&q)[2][4],
@@ -120,7 +146,7 @@ __device__ __forceinline__ void add_pairwise_gradients(float (&dq)[2][4], float 
       }
 #pragma unroll
       for (int own = 0; own < 4; ++own) {
-        const int mine = 8 * (own >> 1) + at.token() + (own & 1);
+        const int mine = 8 * (own >> 1) + 2 * (at.lane & 3) + (own & 1);
         const bool row = mine > theirs;  // else a column of theirs; the diagonal holds zeros
         const int i = 16 * block + (row ? mine : theirs), j = 16 * block + (row ? theirs : mine);
         const float d_A_qk = mine == theirs ? 0.0f : score_gradient(s.d_A_qk, i, j),

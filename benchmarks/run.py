@@ -42,12 +42,16 @@ SHAPES = {
     "b1t32k_h16": (1, 32768, 16, 16, None),
     "b1t64k_h8": (1, 65536, 8, 8, None),
     "gva8k_h16_32": (1, 8192, 16, 32, None),
+    "t2k_h96": (1, 2048, 96, 96, None),
     "t2k_h12": (1, 2048, 12, 12, None),
     "t512_h32": (1, 512, 32, 32, None),
     "seg256x32_h32": (1, 8192, 32, 32, [32] * 256),
 }
+TRAINING_SHAPES = (*list(SHAPES)[:8], "t2k_h96")
 D = 128
 GATES = ("bounded fast", "bounded slow", "softplus fast", "softplus slow")
+TRAINING_GATES = ("bounded fast", "bounded slow", "softplus slow")
+TRAINING_FLOOR = 14 / 5  # bytes of forward and backward over those of the forward alone
 BYTES_PER_SECOND = 4.3e12  # of a device-to-device copy, reads and writes counted
 L2_BYTES = 60e6
 UNROLLED = 32  # calls in one program, for times below 0.2 ms
@@ -191,7 +195,36 @@ def time_op(shape, gate) -> float:
     return median_ms(call, sets)
 
 
-def time_softmax_attention(shape) -> float:
+def time_training(shape, gate) -> tuple[float, float]:
+    """Forward and backward of one call, and the MiB of temporaries that XLA plans for them.
+
+    The cotangent of o is an argument, the gradients of all seven operands are results.
+    """
+    import jax
+
+    import jax_flashkda
+
+    options = dict(gate=gate.split()[0], beta_is_logits=True, qk_l2norm=True, implementation="cuda")
+
+    @jax.jit
+    def call(inputs):
+        arrays, d_o = inputs
+        ids = {"segment_ids": arrays["segment_ids"]} if "segment_ids" in arrays else {}
+        floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
+        attend = lambda floats: jax_flashkda.kimi_delta_attention(**floats, **ids, **options)
+        o, vjp = jax.vjp(attend, floats)
+        return o, vjp(d_o)
+
+    B, T, H, HV, _ = SHAPES[shape]
+    make = lambda seed: (make_inputs(shape, gate, seed), make_inputs(shape, gate, ~seed)["v"])
+    sets = input_sets(make, B * T * (4 * H + 7 * HV) * D * 2)
+    lowered = call.lower(sets[0])
+    assert "jax_flashkda.backward" in lowered.as_text()
+    temporaries = lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
+    return median_ms(call, sets, repeats=5), temporaries
+
+
+def time_softmax_attention(shape, training=False) -> float:
     """Causal softmax attention of the same shape in the same JAX: cuDNN's flash attention."""
     import jax
     import jax.numpy as jnp
@@ -202,10 +235,16 @@ def time_softmax_attention(shape) -> float:
 
     @jax.jit
     def call(arrays):
-        return jax.nn.dot_product_attention(*arrays, is_causal=True, implementation="cudnn")
+        attend = lambda *qkv: jax.nn.dot_product_attention(
+            *qkv, is_causal=True, implementation="cudnn"
+        )
+        if not training:
+            return attend(*arrays[:3])
+        o, vjp = jax.vjp(attend, *arrays[:3])
+        return o, vjp(arrays[3])
 
     def make(seed):
-        keys = jax.random.split(jax.random.key(seed), 3)
+        keys = jax.random.split(jax.random.key(seed), 4)
         return [jax.random.normal(key, (B, T, H, D), jnp.bfloat16) for key in keys]
 
     return median_ms(call, input_sets(make, 4 * B * T * H * D * 2), repeats=5)
@@ -217,6 +256,21 @@ def try_time(function, *arguments):
         return round(function(*arguments), 4)
     except Exception as error:  # a peer that is missing or fails must not cost the record
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+
+def time_all_training(shapes, peers_too) -> dict:
+    """Milliseconds of forward and backward by shape and gate, and the most MiB of temporaries."""
+    results = {}
+    for shape in shapes:
+        timed = {gate: time_training(shape, gate) for gate in TRAINING_GATES}
+        row = {gate: round(ms, 4) for gate, (ms, _) in timed.items()}
+        if peers_too:
+            row["softmax attention"] = try_time(time_softmax_attention, shape, True)
+        row["floor"] = round(TRAINING_FLOOR * floor_ms(shape), 4)
+        row["temporaries, MiB"] = round(max(mib for _, mib in timed.values()))
+        results[shape] = row
+        print("training", shape, row, flush=True)
+    return results
 
 
 def time_all(shapes, peer_seconds) -> dict:
@@ -300,6 +354,18 @@ def versions() -> dict:
     return found | {"gpu": jax.devices()[0].device_kind}
 
 
+def training_table(rows) -> list[str]:
+    if not rows:
+        return []
+    columns = list(next(iter(rows.values())))
+    show = lambda x: f"{x:.2f}" if isinstance(x, float) else str(x) if isinstance(x, int) else ""
+    lines = ["| forward and backward | " + " | ".join(columns) + " |"]
+    lines += ["|---|" + "---|" * len(columns)]
+    for shape, row in rows.items():
+        lines.append(f"| {shape} | " + " | ".join(show(row.get(c)) for c in columns) + " |")
+    return lines
+
+
 def table(record) -> str:
     """In Markdown, milliseconds."""
     show = lambda x: (
@@ -319,6 +385,7 @@ def table(record) -> str:
         cells = [row.get(c) for c in timed] + [FLA_KNOWN_MS.get(shape)] * known
         lines.append(f"| {shape} | " + " | ".join(map(show, cells)) + " |")
     lines.append("")
+    lines += [*training_table(record.get("training_ms", {})), ""]
     for peer, (work, gates) in peers.PEERS.items():
         lines.append(f"* {peer}: {work}")
         for gate in gates:
@@ -358,7 +425,9 @@ def main():
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers share the memory
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only:
-        print(table({"forward_ms": time_all(options.only, peer_seconds)}))
+        times = {"forward_ms": time_all(options.only, peer_seconds)}
+        times["training_ms"] = time_all_training(options.only, peer_seconds > 0)
+        print(table(times))
         return
     tests = None if options.no_tests else run_tests(options.pytest)
     record = {
@@ -367,6 +436,7 @@ def main():
         "versions": versions(),
         "tests": tests,
         "forward_ms": time_all(SHAPES, peer_seconds),
+        "training_ms": time_all_training(TRAINING_SHAPES, peer_seconds > 0),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n")

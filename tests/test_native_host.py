@@ -247,6 +247,11 @@ SIZES = st.fixed_dictionaries(
 )
 
 
+# A long row of few heads may be cut into pieces, whose maps take so much at most: two [K, V] in fp32
+# for each of 132 multiprocessors. More heads or rows, or segments, can mean fewer pieces.
+MOST_PIECE_MAPS = 132 * 2 * 128 * 128 * 4
+
+
 def workspace_bytes(host, sizes, stage="forward"):
     segments = sizes["has_segment_ids"]
     return host.ask(
@@ -268,16 +273,17 @@ def test_workspace_grows_with_every_size(host, sizes, axis, more, stage):
     bytes_ = workspace_bytes(host, sizes, stage)
     assert bytes_ % 1024 == 0
     grown = workspace_bytes(host, sizes | {axis: sizes[axis] + more}, stage)
-    assert grown >= bytes_
+    assert grown >= bytes_ - MOST_PIECE_MAPS
     packed = workspace_bytes(host, sizes | dict(N=sizes["N"] + 1, has_segment_ids=True), stage)
-    assert packed >= workspace_bytes(host, sizes | dict(has_segment_ids=False), stage)
+    alone = workspace_bytes(host, sizes | dict(has_segment_ids=False), stage)
+    assert packed >= alone - MOST_PIECE_MAPS
 
 
 @given(sizes=SIZES)
 @settings(max_examples=200, deadline=None)
 def test_workspace_is_counted_in_64_bits(host, sizes):
     """Of twice the rows it is twice as much, up to rounding: also past 2^31 and 2^32 bytes."""
-    rounding = 64 * 1024
+    rounding = 64 * 1024 + 2 * MOST_PIECE_MAPS
     one, two = (workspace_bytes(host, sizes | dict(B=n * sizes["B"])) for n in (1, 2))
     assert abs(two - 2 * one) <= rounding
 

@@ -29,12 +29,10 @@ struct Item {
   int32_t segment = -1;
   bool first = true, last = true;
 
-#ifdef __CUDACC__
   __device__ bool exists() const { return length > 0; }
   __device__ int64_t token(const ForwardShape& shape) const {
     return int64_t{row} * shape.T + start;
   }
-#endif
 };
 
 // What the two warps of the same channels tell each other, and what a warp keeps for itself.

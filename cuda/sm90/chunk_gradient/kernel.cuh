@@ -27,7 +27,7 @@
 
 namespace jax_flashkda::chunk_gradient {
 
-// What the gate needs of the item's row. Nobody reads the last item's any more.
+// What the gate needs of the item's row. Nobody reads the row before any more.
 template <class Shared>
 __device__ __forceinline__ void load_head_scalars(Shared& s, const ForwardParams& p, int64_t row,
                                                   int64_t head) {
@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   for (uint32_t turn = 0; s.items[turn & 1].exists(); ++turn) {
     const Item &item = s.items[turn & 1], &next = s.items[(turn & 1) ^ 1];
     const Place at(s);
-    load_head_scalars(s, p, item.row, head);
+    if (turn == 0 || next.row != item.row)  // the other place still holds the item before
+      load_head_scalars(s, p, item.row, head);
     wait_for_async_loads<1>();  // dO, dR, U
     fence_async_shared();       // they and filled boundaries, before the tensor cores read them
     mbarrier_wait(&s.boundaries_full, turn & 1);  // the boundary images have arrived

@@ -1,6 +1,8 @@
 // Tile, threads and shared memory of the gradient stage.
 #pragma once
 
+#include <cstddef>
+
 #include "problem/params.h"
 #include "problem/workspace.h"
 
@@ -8,7 +10,7 @@ namespace jax_flashkda::chunk_gradient {
 
 struct Config {
   static constexpr int kHeadDim = 128;  // K and V
-  // A warp owns 16 channels of 32 tokens, the chunk's lower or upper half; two warps share channels.
+  // A warp owns 16 channels of 32 tokens, the chunk's lower or upper half: two warps share them.
   static constexpr int kChannelWarps = kHeadDim / 16;
   static constexpr int kWarps = 2 * kChannelWarps;
   static constexpr int kThreads = 32 * kWarps;
@@ -92,5 +94,11 @@ struct Shared {
   float A_sums[Config::kWarps];  // of d log decay / d A_log, over a warp's channels
   uint64_t boundaries_full;      // both boundary images have arrived
 };
+// Addresses count from d_A_qk to d_L, and from q to k to g.
+using Layout = Shared<DType::kF32>;
+static_assert(offsetof(Layout, d_L) - offsetof(Layout, d_A_qk) == Config::kHalfTile);
+static_assert(offsetof(Layout, k) - offsetof(Layout, q) == kChunk * Config::kRowBytes);
+static_assert(offsetof(Layout, g) - offsetof(Layout, k) == kChunk * Config::kRowBytes);
+static_assert(sizeof(Scratch) <= sizeof(Layout::Values));
 
 }  // namespace jax_flashkda::chunk_gradient

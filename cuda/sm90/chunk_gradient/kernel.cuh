@@ -3,21 +3,25 @@
 // its end:
 //
 //   dq_d = scale dO S^T      dk_d = -dR S^T      dk_r = U dS'^T
-//   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)      d_beta_i = <dR_i, U_i> / beta_i^2
+//   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)
+//   d_beta_i = <dR_i, U_i> / beta_i^2
 //   dqn_i = exp(G_i) dq_d_i + sum over j <= i of dA_qk[i, j] exp(G_i - G_j) kn_j
 //   dkn_i = exp(G_i) dk_d_i + sum over j < i of dL[i, j] exp(G_i - G_j) kn_j         as a row
 //         + exp(G_C - G_i) dk_r_i + sum over later rows of exp(..) (dA_qk qn + dL kn)  as a column
 //   dG_i = <qn, dqn> + <kn, dkn as a row> - <kn, dkn as a column>, channel by channel
-//   d log decay_t = sum over i >= t of dG_i + exp(G_C) <S, dS'> + sum over j of kn_j exp(..) dk_r_j
+//         (but for dk_r)
+//   d log decay_t = sum over i >= t of dG_i + sum over j < t of kn_j exp(G_C - G_j) dk_r_j
+//                 + exp(G_C) <S, dS'>
 //
 // and through the gate, the norms and the sigmoid to the raw inputs, with sums over tokens for
 // dt_bias and A_log.
 //
 // Grid: gradient_ctas_per_head CTAs a value head, heads fastest; each takes every so many chunks of
-// its head. A warp owns 16 channels of 32 tokens, everything transposed: sums over tokens stay in the
-// warp and its neighbour, and its elements of a product are the left operand of the next one, so
-// sums never leave registers. The products over V run on the warpgroups' tensor cores from shared
-// memory; it holds factors and decays behind them, then the next chunk's are loaded.
+// its head. A warp owns 16 channels of 32 tokens, everything transposed: sums over tokens stay in
+// the warp and the one of the other 32, and its elements of a product have the layout of the next
+// one's left operand, so sums never leave registers. The products over V run on the warpgroups'
+// tensor cores from shared memory; it holds factors and decays behind them, then the next chunk's
+// operands are loaded.
 //
 // Read: q, k, g, beta, dO, dR (which is dv), U, boundary images. Written: dq, dk, dg, d_beta, the
 // partial sums, zeros for padding. Rows behind the chunk's end are never read: they count as zeros.

@@ -14,8 +14,8 @@ namespace jax_flashkda::chunk_gradient {
 // tokens of a block.
 using Elements = float[Config::kGroups][4];
 
-// The thread's number, read anew: what follows from it is cheaper found again than kept in registers
-// through the chunk.
+// The thread's number, read anew: what follows from it is cheaper found again than kept in
+// registers through the chunk.
 __device__ __forceinline__ int reread_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));

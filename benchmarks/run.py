@@ -205,6 +205,7 @@ def time_training(shape, gate) -> tuple[float, float]:
     import jax_flashkda
 
     options = dict(gate=gate.split()[0], beta_is_logits=True, qk_l2norm=True, implementation="cuda")
+    os.environ["JAX_FLASHKDA_BACKWARD"] = "cuda"  # read while tracing
 
     @jax.jit
     def call(inputs):
@@ -273,22 +274,24 @@ def time_all_training(shapes, peers_too) -> dict:
     return results
 
 
-def time_all(shapes, peer_seconds) -> dict:
-    """Milliseconds, or why there are none, by shape and column. No peers with peer_seconds 0."""
+def time_all(shapes) -> dict:
+    """Milliseconds of the op by shape and gate, and the floor."""
     results = {}
     for shape in shapes:
-        row = {gate: time_op(shape, gate) for gate in GATES}
-        row = {gate: round(ms, 4) for gate, ms in row.items()}
-        if peer_seconds > 0:
-            row["softmax attention"] = try_time(time_softmax_attention, shape)
-        row["floor"] = round(floor_ms(shape), 4)
-        results[shape] = row
-        print(shape, row, flush=True)
-    for peer in peers.PEERS if peer_seconds > 0 else ():
-        for shape, times in peers.time_peer(peer, list(shapes), peer_seconds).items():
+        row = {gate: round(time_op(shape, gate), 4) for gate in GATES}
+        results[shape] = row | {"floor": round(floor_ms(shape), 4)}
+        print(shape, results[shape], flush=True)
+    return results
+
+
+def time_peers(results, seconds):
+    """Adds the peers' milliseconds to the rows of `results`, or why there are none."""
+    for shape, row in results.items():
+        row["softmax attention"] = try_time(time_softmax_attention, shape)
+    for peer in peers.PEERS:
+        for shape, times in peers.time_peer(peer, list(results), seconds).items():
             results[shape] |= times
             print(shape, times, flush=True)
-    return results
 
 
 # tests, record, table
@@ -425,21 +428,26 @@ def main():
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers share the memory
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only:
-        times = {"forward_ms": time_all(options.only, peer_seconds)}
+        times = {"forward_ms": time_all(options.only)}
+        if peer_seconds > 0:
+            time_peers(times["forward_ms"], peer_seconds)
         times["training_ms"] = time_all_training(options.only, peer_seconds > 0)
         print(table(times))
         return
-    tests = None if options.no_tests else run_tests(options.pytest)
-    record = {
-        "digest": digest(),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "tests": tests,
-        "forward_ms": time_all(SHAPES, peer_seconds),
-        "training_ms": time_all_training(TRAINING_SHAPES, peer_seconds > 0),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+
+    def keep(**more):
+        """After every step: an interrupted run leaves what it found."""
+        record.update(more)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    keep(tests=None if options.no_tests else run_tests(options.pytest))
+    keep(forward_ms=time_all(SHAPES))
+    keep(training_ms=time_all_training(TRAINING_SHAPES, peer_seconds > 0))
+    if peer_seconds > 0:
+        time_peers(record["forward_ms"], peer_seconds)
+        keep()
     print(json.dumps({name: record[name] for name in ("versions", "tests")}))
     print(table(record))
 

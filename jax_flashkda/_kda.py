@@ -240,6 +240,7 @@ def _resolve(
         return_final_state=bool(return_final_state),
         residual_name=residual_name,
         implementation=implementation,
+        backward=_support.backward_implementation(),
         **{f"has_{name}": name in arrays for name in optional},
     )
     return problem, arrays

@@ -1,6 +1,7 @@
 """Runs the public op on a case, the way every test does."""
 
 import functools
+import os
 
 import cases
 import jax
@@ -22,7 +23,7 @@ def for_implementation(case, implementation):
 
 
 @functools.cache
-def _program(static, gradients, options, implementation, quickly):
+def _program(static, gradients, options, implementation, quickly, backward):
     """One compiled program per set of static arguments; shapes are jit's business."""
     jit = functools.partial(jax.jit, compiler_options=COMPILE_QUICKLY if quickly else None)
 
@@ -61,6 +62,7 @@ def run(case, implementation, gradients=True, arrays=None, cotangents=None, quic
         tuple(sorted(options.items())),
         implementation,
         quickly and implementation == "xla",
+        os.environ.get("JAX_FLASHKDA_BACKWARD"),  # read while tracing
     )
     if gradients:
         cotangents = case.cotangents() if cotangents is None else cotangents

@@ -20,6 +20,12 @@ from jax_flashkda import kimi_delta_attention
 
 pytestmark = pytest.mark.gpu
 
+
+@pytest.fixture(autouse=True)
+def backward_kernels(monkeypatch):
+    monkeypatch.setenv("JAX_FLASHKDA_BACKWARD", "cuda")
+
+
 RAW = dict(gate="softplus", A_log=True, dt_bias=True, beta_is_logits=True, qk_l2norm=True)
 STATES = dict(initial_state=True, final_state=True)
 SMALL = Case(T=200, B=2, H=2, HV=4, K=128, V=128, dtype="bfloat16", **RAW, **STATES)

@@ -247,8 +247,8 @@ SIZES = st.fixed_dictionaries(
 )
 
 
-# A long row of few heads may be cut into pieces, whose maps take so much at most: two [K, V] in fp32
-# for each of 132 multiprocessors. More heads or rows, or segments, can mean fewer pieces.
+# A long row of few heads may be cut into pieces, whose maps take so much at most: two [K, V] in
+# fp32 for each of 132 multiprocessors. More heads or rows, or segments, can mean fewer pieces.
 MOST_PIECE_MAPS = 132 * 2 * 128 * 128 * 4
 
 

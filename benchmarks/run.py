@@ -205,14 +205,15 @@ def time_training(shape, gate) -> tuple[float, float]:
     import jax_flashkda
 
     options = dict(gate=gate.split()[0], beta_is_logits=True, qk_l2norm=True, implementation="cuda")
-    os.environ["JAX_FLASHKDA_BACKWARD"] = "cuda"  # read while tracing
 
     @jax.jit
     def call(inputs):
         arrays, d_o = inputs
         ids = {"segment_ids": arrays["segment_ids"]} if "segment_ids" in arrays else {}
         floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
-        attend = lambda floats: jax_flashkda.kimi_delta_attention(**floats, **ids, **options)
+        attend = lambda floats: jax_flashkda.kimi_delta_attention(
+            **floats, **ids, **options, backward_implementation="cuda"
+        )
         o, vjp = jax.vjp(attend, floats)
         return o, vjp(d_o)
 

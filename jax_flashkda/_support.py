@@ -4,8 +4,6 @@ The compiled kernels declare what they take (`_extension.variants()`) and a call
 that table, so that a new row in it needs no edit here.
 """
 
-import os
-
 import jax
 import numpy as np
 
@@ -19,18 +17,6 @@ _COUNTS = {
     ("B", "HV"): "split the batch",
     ("B", "HV", "N"): "lower max_segments or split the batch",
 }
-
-
-def backward_implementation() -> str:
-    """What differentiates a call that the CUDA kernels run: the variable JAX_FLASHKDA_BACKWARD.
-
-    "xla", if it is unset; or "cuda", some 25 times faster and not yet within the promised accuracy
-    everywhere (see "Limits" in the README). Read when a program is traced.
-    """
-    choice = os.environ.get("JAX_FLASHKDA_BACKWARD", "xla")
-    if choice not in ("xla", "cuda"):
-        raise ValueError(f"JAX_FLASHKDA_BACKWARD is {choice!r}; it must be 'xla' or 'cuda'.")
-    return choice
 
 
 def unsupported_reasons(

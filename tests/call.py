@@ -1,7 +1,6 @@
 """Runs the public op on a case, the way every test does."""
 
 import functools
-import os
 
 import cases
 import jax
@@ -23,7 +22,7 @@ def for_implementation(case, implementation):
 
 
 @functools.cache
-def _program(static, gradients, options, implementation, quickly, backward):
+def _program(static, gradients, options, implementation, quickly):
     """One compiled program per set of static arguments; shapes are jit's business."""
     jit = functools.partial(jax.jit, compiler_options=COMPILE_QUICKLY if quickly else None)
 
@@ -31,7 +30,11 @@ def _program(static, gradients, options, implementation, quickly, backward):
         arguments = [arrays[name] for name in ("q", "k", "v", "g", "beta")]
         rest = {name: x for name, x in arrays.items() if name not in ("q", "k", "v", "g", "beta")}
         return kimi_delta_attention(
-            *arguments, **rest, **dict(options), implementation=implementation
+            *arguments,
+            **rest,
+            **dict(options),
+            implementation=implementation,
+            backward_implementation=implementation or "xla",  # of the kernels, by kernels
         )
 
     if not gradients:
@@ -62,7 +65,6 @@ def run(case, implementation, gradients=True, arrays=None, cotangents=None, quic
         tuple(sorted(options.items())),
         implementation,
         quickly and implementation == "xla",
-        os.environ.get("JAX_FLASHKDA_BACKWARD"),  # read while tracing
     )
     if gradients:
         cotangents = case.cotangents() if cotangents is None else cotangents

@@ -162,17 +162,9 @@ def test_the_gradient_runs_the_forward_kernel_and_recomputes_on_xla(declared_ker
     assert set(re.findall(r"jax_flashkda\.\w+", text)) == {TARGET}
 
 
-def test_the_backward_is_xla_or_cuda(declared_kernels, monkeypatch):
-    monkeypatch.setenv("JAX_FLASHKDA_BACKWARD", "fast")
-    with pytest.raises(ValueError, match="JAX_FLASHKDA_BACKWARD is 'fast'; it must be 'xla' or"):
-        lowered(gradient, "cuda", inputs())
-
-
-def test_the_gradient_runs_both_kernels(declared_kernels, monkeypatch):
-    monkeypatch.setenv("JAX_FLASHKDA_BACKWARD", "cuda")
-
+def test_the_gradient_runs_both_kernels(declared_kernels):
     def both(arrays):
-        return attend(arrays), gradient(arrays)
+        return attend(arrays), gradient(arrays, backward_implementation="cuda")
 
     text = lowered(both, "cuda", inputs())
     assert 1 <= len(forward_calls(text)) <= 2 and "stablehlo.while" not in text

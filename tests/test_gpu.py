@@ -21,11 +21,6 @@ from jax_flashkda import kimi_delta_attention
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def backward_kernels(monkeypatch):
-    monkeypatch.setenv("JAX_FLASHKDA_BACKWARD", "cuda")
-
-
 RAW = dict(gate="softplus", A_log=True, dt_bias=True, beta_is_logits=True, qk_l2norm=True)
 STATES = dict(initial_state=True, final_state=True)
 SMALL = Case(T=200, B=2, H=2, HV=4, K=128, V=128, dtype="bfloat16", **RAW, **STATES)
@@ -34,7 +29,8 @@ TOKENS = ("q", "k", "v", "g", "beta")
 
 def kda(case, **more):
     options = {name: x for name, x in case.options.items() if x is not None}
-    return functools.partial(kimi_delta_attention, implementation="cuda", **options, **more)
+    options |= dict(implementation="cuda", backward_implementation="cuda") | more
+    return functools.partial(kimi_delta_attention, **options)
 
 
 def positional(arrays):

@@ -15,13 +15,6 @@ from oracle import check
 
 from jax_flashkda import _segments
 
-
-@pytest.fixture(autouse=True)
-def backward_kernels(monkeypatch):
-    """On a GPU what is bitwise is so for the kernels' gradients as well."""
-    monkeypatch.setenv("JAX_FLASHKDA_BACKWARD", "cuda")
-
-
 GATED = dict(gate="softplus", A_log=True, dt_bias=True, beta_is_logits=True, qk_l2norm=True)
 STATES = dict(initial_state=True, final_state=True)
 T = 200

@@ -207,6 +207,11 @@ REFUSALS = {
         ValueError,
         ["implementation: got 'triton'", "'cuda', 'xla'"],
     ),
+    "backward implementation": (
+        dict(backward_implementation=None),
+        ValueError,
+        ["backward_implementation: got None", "'cuda' or 'xla'"],
+    ),
 }
 
 

@@ -275,12 +275,13 @@ def time_all_training(shapes, peers_too) -> dict:
     return results
 
 
-def time_all(shapes) -> dict:
-    """Milliseconds of the op by shape and gate, and the floor."""
+def time_all(shapes, keep) -> dict:
+    """Milliseconds of the op by shape and gate, and the floor; `keep` gets what there is so far."""
     results = {}
     for shape in shapes:
         row = {gate: round(time_op(shape, gate), 4) for gate in GATES}
         results[shape] = row | {"floor": round(floor_ms(shape), 4)}
+        keep(forward_ms=results)
         print(shape, results[shape], flush=True)
     return results
 
@@ -429,7 +430,7 @@ def main():
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers share the memory
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only:
-        times = {"forward_ms": time_all(options.only)}
+        times = {"forward_ms": time_all(options.only, lambda **_: None)}
         if peer_seconds > 0:
             time_peers(times["forward_ms"], peer_seconds)
         times["training_ms"] = time_all_training(options.only, peer_seconds > 0)
@@ -444,7 +445,7 @@ def main():
         options.output.write_text(json.dumps(record, indent=1) + "\n")
 
     keep(tests=None if options.no_tests else run_tests(options.pytest))
-    keep(forward_ms=time_all(SHAPES))
+    time_all(SHAPES, keep)
     keep(training_ms=time_all_training(TRAINING_SHAPES, peer_seconds > 0))
     if peer_seconds > 0:
         time_peers(record["forward_ms"], peer_seconds)

@@ -208,9 +208,9 @@ REFUSALS = {
         ["implementation: got 'triton'", "'cuda', 'xla'"],
     ),
     "backward implementation": (
-        dict(backward_implementation=None),
+        dict(backward_implementation="triton"),
         ValueError,
-        ["backward_implementation: got None", "'cuda' or 'xla'"],
+        ["backward_implementation: got 'triton'", "'cuda' or 'xla'"],
     ),
 }
 

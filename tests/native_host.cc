@@ -1,5 +1,6 @@
 // Answers one line of input, a stage and a call of it as numbers, with one line: the bytes of its
-// workspace and what check_forward or check_backward has to say about it.
+// workspace and what check_forward or check_backward has to say about it. For the stage "pieces":
+// into how many its rows are cut, and how many tokens each has.
 // tests/test_native_host.py writes the lines. Needs no CUDA.
 #include <cstdint>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <string>
 
 #include "dispatch/dispatch.h"
+#include "problem/workspace.h"
 
 using namespace jax_flashkda;
 
@@ -67,12 +69,17 @@ int main() {
     std::istringstream line(text);
     const auto stage = number<std::string>(line);
     const BackwardParams params = parse(line);
-    if (!line || (stage != "forward" && stage != "backward")) return EXIT_FAILURE;
+    if (!line) return EXIT_FAILURE;
     const ForwardShape& shape = params.forward.shape;
     if (stage == "forward") {
       std::cout << forward_workspace_bytes(shape) << ' ' << check_forward(params.forward).message;
-    } else {
+    } else if (stage == "backward") {
       std::cout << backward_workspace_bytes(shape) << ' ' << check_backward(params).message;
+    } else if (stage == "pieces") {
+      const StatePieces pieces = state_pieces(shape);
+      std::cout << pieces.count << ' ' << pieces.tokens;
+    } else {
+      return EXIT_FAILURE;
     }
     std::cout << std::endl;
   }

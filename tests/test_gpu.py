@@ -114,8 +114,14 @@ def test_twenty_runs_are_bitwise_equal():
         assert_same(first, run(SMALL, "cuda"))
 
 
-def test_gradients():
-    oracle.check(SMALL, run(SMALL, "cuda"))
+@pytest.mark.parametrize("backward", ["xla", "cuda"])
+def test_gradients(backward):
+    arrays = SMALL.arrays()
+    attend = lambda arrays: kda(SMALL, backward_implementation=backward)(**arrays)
+    results, pull_back = jax.vjp(jax.jit(attend), arrays)
+    gradients = jax.jit(pull_back)(SMALL.cotangents())[0]
+    named = {oracle.GRADIENTS[name]: x for name, x in gradients.items()}
+    oracle.check(SMALL, dict(zip(("o", "final_state"), results, strict=True)) | named)
 
 
 def test_the_gradient_is_the_kernels():

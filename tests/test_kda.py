@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from call import for_implementation, run
+from call import checks_gradients, for_implementation, run
 from cases import Case
 from oracle import check
 
@@ -19,9 +19,8 @@ STATES = dict(initial_state=True, final_state=True)
 
 def check_case(case, implementation, quickly=True):
     case = for_implementation(case, implementation)
-    # Under "cuda" the backward is the XLA path's, which is tested as such; tests/test_gpu.py and
-    # tests/native have the backward kernels.
-    check(case, run(case, implementation, gradients=implementation == "xla", quickly=quickly))
+    gradients = checks_gradients(implementation)
+    check(case, run(case, implementation, gradients=gradients, quickly=quickly))
 
 
 @pytest.mark.parametrize(

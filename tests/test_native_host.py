@@ -247,19 +247,21 @@ SIZES = st.fixed_dictionaries(
 )
 
 
-# A long row of few heads may be cut into pieces, whose maps take so much at most: two [K, V] in
-# fp32 for each of 132 multiprocessors. More heads or rows, or segments, can mean fewer pieces.
-MOST_PIECE_MAPS = 132 * 2 * 128 * 128 * 4
-
-
-def workspace_bytes(host, sizes, stage="forward"):
+def ask_sizes(host, sizes, stage):
     segments = sizes["has_segment_ids"]
     return host.ask(
         stage,
         **sizes
         | dict(HV=sizes["H"] * sizes["HV"], has_segment_ids=int(segments))
         | dict(N=sizes["N"] if segments else 1),
-    )[0]
+    )
+
+
+def workspace_bytes(host, sizes, stage="forward"):
+    """Without the maps of pieces: of those there are fewer where there are more heads or rows."""
+    count = ask_sizes(host, sizes, "pieces")[0]
+    maps = sizes["B"] * sizes["H"] * sizes["HV"] * (count - 1) * 2 * 128 * 128 * 4
+    return ask_sizes(host, sizes, stage)[0] - maps
 
 
 @given(
@@ -273,17 +275,16 @@ def test_workspace_grows_with_every_size(host, sizes, axis, more, stage):
     bytes_ = workspace_bytes(host, sizes, stage)
     assert bytes_ % 1024 == 0
     grown = workspace_bytes(host, sizes | {axis: sizes[axis] + more}, stage)
-    assert grown >= bytes_ - MOST_PIECE_MAPS
+    assert grown >= bytes_
     packed = workspace_bytes(host, sizes | dict(N=sizes["N"] + 1, has_segment_ids=True), stage)
-    alone = workspace_bytes(host, sizes | dict(has_segment_ids=False), stage)
-    assert packed >= alone - MOST_PIECE_MAPS
+    assert packed >= workspace_bytes(host, sizes | dict(has_segment_ids=False), stage)
 
 
 @given(sizes=SIZES)
 @settings(max_examples=200, deadline=None)
 def test_workspace_is_counted_in_64_bits(host, sizes):
     """Of twice the rows it is twice as much, up to rounding: also past 2^31 and 2^32 bytes."""
-    rounding = 64 * 1024 + 2 * MOST_PIECE_MAPS
+    rounding = 64 * 1024
     one, two = (workspace_bytes(host, sizes | dict(B=n * sizes["B"])) for n in (1, 2))
     assert abs(two - 2 * one) <= rounding
 
@@ -306,6 +307,31 @@ def test_the_backward_fits_beside_a_large_batch(host):
 @settings(max_examples=200, deadline=None)
 def test_the_backward_contains_the_forward(host, sizes):
     assert workspace_bytes(host, sizes, "backward") >= workspace_bytes(host, sizes)
+
+
+@given(sizes=SIZES)
+@settings(max_examples=500, deadline=None)
+def test_pieces_cover_a_row(host, sizes):
+    """Whole chunks each, the last one not empty, and no more of them than a device can run at once:
+    132 multiprocessors.
+    """
+    count, tokens = ask_sizes(host, sizes, "pieces")
+    tokens, T = int(tokens), sizes["T"]
+    if count == 1:
+        assert tokens == T
+        return
+    assert not sizes["has_segment_ids"]
+    assert tokens % 64 == 0 and (count - 1) * tokens < T <= count * tokens
+    assert count * sizes["B"] * sizes["H"] * sizes["HV"] <= 132
+
+
+def test_pieces_are_for_long_rows_of_few_heads(host):
+    def count(**sizes):
+        return ask_sizes(host, dict(B=1, HV=1, N=1, has_segment_ids=False) | sizes, "pieces")[0]
+
+    assert count(T=65_536, H=8) == 16 and count(T=32_768, H=16) == 8
+    assert count(T=8192, H=96) == 1 and count(T=2048, H=12) == 1
+    assert count(T=65_536, H=8, has_segment_ids=True) == 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,6 +13,8 @@ from ._packing import segment_ids_to_cu_seqlens as segment_ids_to_cu_seqlens
 from ._packing import segment_ids_to_lengths as segment_ids_to_lengths
 from ._primitives import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 from ._short_conv import short_conv as short_conv
+from ._step import kimi_delta_attention_step as kimi_delta_attention_step
+from ._step import step_supported as step_supported
 
 
 def __getattr__(name):

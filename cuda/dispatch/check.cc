@@ -173,7 +173,7 @@ void check_step_shape(const StepShape& s, Problems& problems) {
   if (s.HV <= 0 || (s.H > 0 && s.HV % s.H != 0))
     problems.add("HV is ", s.HV, ", must be a positive multiple of H = ", s.H);
   if (s.slots < 0) problems.add("slots is ", s.slots, ", must not be negative");
-  if (s.N > 0 && s.HV >= (kMaxStepStates + s.N - 1) / s.N)
+  if (s.N > 0 && s.HV > (kMaxStepStates - 1) / s.N)
     problems.add("N * HV is ", s.N, " * ", s.HV, ", must be below 2^28: split the batch");
 }
 

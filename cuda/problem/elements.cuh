@@ -17,42 +17,68 @@ struct alignas(sizeof(Element) * kCount) Elements {
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ void from_float(float& to, float x) { to = x; }
 __device__ __forceinline__ void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
 __device__ __forceinline__ void from_float(__half& to, float x) { to = __float2half(x); }
 
-// Calls body(Element{}) with the type that `dtype` names.
-template <class Body>
-__device__ __forceinline__ void with_type(DType dtype, Body body) {
-  if (dtype == DType::kBF16) return body(__nv_bfloat16{});
-  if (dtype == DType::kF16) return body(__half{});
-  body(float{});
-}
+// From one of the types to the same or to fp32, and from fp32.
+template <class Element>
+__device__ __forceinline__ void convert(Element& to, Element x) { to = x; }
+__device__ __forceinline__ void convert(float& to, __nv_bfloat16 x) { to = to_float(x); }
+__device__ __forceinline__ void convert(__nv_bfloat16& to, float x) { from_float(to, x); }
 
+// kCount elements as they are in memory. Loading and converting are two calls, so that many loads
+// are under way before the first is waited for: a conversion beside its load, behind a branch on
+// the type, would make every load wait for the one before it.
 template <int kCount>
-__device__ __forceinline__ void load_elements(float (&x)[kCount], const void* from, DType dtype,
-                                              int64_t first) {
-  with_type(dtype, [&](auto type) {
-    using Loaded = Elements<decltype(type), kCount>;
-    const Loaded loaded =
-        *reinterpret_cast<const Loaded*>(static_cast<const decltype(type)*>(from) + first);
+class RawElements {
+ public:
+  __device__ __forceinline__ void load(const void* from, DType dtype, int64_t first) {
+    const bool wide = dtype == DType::kF32;
+    const auto* address =
+        reinterpret_cast<const Halves*>(static_cast<const char*>(from) + first * (wide ? 4 : 2));
+    low_ = address[0];
+    if (wide) high_ = address[1];
+  }
+  __device__ __forceinline__ void convert(DType dtype, float (&x)[kCount]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = to_float(loaded.values[i]);
-  });
-}
+    for (int i = 0; i < kCount; ++i) {
+      if (dtype == DType::kF32)
+        x[i] = __uint_as_float(half(2 * i) | half(2 * i + 1) << 16);
+      else if (dtype == DType::kBF16)
+        x[i] = __uint_as_float(half(i) << 16);
+      else
+        x[i] = __half2float(__ushort_as_half(static_cast<unsigned short>(half(i))));
+    }
+  }
+
+ private:
+  using Halves = Elements<uint16_t, kCount>;
+
+  __device__ uint32_t half(int i) const {
+    return i < kCount ? low_.values[i] : high_.values[i - kCount];
+  }
+
+  Halves low_ = {}, high_ = {};  // the second is there for fp32 alone
+};
 
 template <int kCount>
 __device__ __forceinline__ void store_elements(void* to, DType dtype, int64_t first,
                                                const float (&x)[kCount]) {
-  with_type(dtype, [&](auto type) {
+  const auto store = [&](auto type) {
     using Stored = Elements<decltype(type), kCount>;
     Stored stored;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) from_float(stored.values[i], x[i]);
     *reinterpret_cast<Stored*>(static_cast<decltype(type)*>(to) + first) = stored;
-  });
+  };
+  if (dtype == DType::kBF16)
+    store(__nv_bfloat16{});
+  else if (dtype == DType::kF16)
+    store(__half{});
+  else
+    store(float{});
 }
 
 }  // namespace jax_flashkda

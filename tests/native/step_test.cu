@@ -292,32 +292,38 @@ bool check_named_twice() {
   return report("slots named twice harm no other", good, "equal bits");
 }
 
-template <class State, int kDim, int kLanes>
+template <class State, class Held, int kLanes>
 Status divided(const StepParams& p) {
-  using Config = decode_step::Config<State, kDim, kDim, kLanes>;
+  using Config = decode_step::Config<State, Held, 128, kLanes, 1>;
   decode_step::decode_step_kernel<Config>
       <<<unsigned(p.shape.N * p.shape.HV * Config::kParts), Config::kThreads>>>(p);
   return {};
 }
 
 bool check_divisions() {
+  using Bf16 = __nv_bfloat16;
   bool good = true;
-  for (DType state : {DType::kF32, DType::kBF16}) {
-    Case c{"divisions", {5, 3, 1, 2, 128, 128, 0}};
-    c.state = state;
-    const Operands x(c);
-    Launch launch(c, x), other(c, x);
-    good &= launch.run(0xFF);
-    auto same = [&](auto step) { good &= other.run(0x3C, step) && other.same_bits(launch); };
-    if (state == DType::kF32) {
-      same(divided<float, 128, 8>);
-      same(divided<float, 128, 16>);
-      same(divided<float, 128, 32>);
-    } else {
-      same(divided<__nv_bfloat16, 128, 8>);
-      same(divided<__nv_bfloat16, 128, 16>);
+  for (DType state : {DType::kF32, DType::kBF16})
+    for (int64_t T : {1, 3}) {
+      Case c{"divisions", {5, T, 1, 2, 128, 128, 0}};
+      c.state = state;
+      const Operands x(c);
+      Launch launch(c, x), other(c, x);
+      good &= launch.run(0xFF);
+      auto same = [&](auto step) { good &= other.run(0x3C, step) && other.same_bits(launch); };
+      if (state == DType::kF32) {
+        same(divided<float, float, 8>);
+        same(divided<float, float, 16>);
+        same(divided<float, float, 32>);
+      } else {
+        same(divided<Bf16, float, 8>);
+        same(divided<Bf16, float, 16>);
+      }
+      if (state == DType::kBF16 && T == 1) {
+        same(divided<Bf16, Bf16, 8>);
+        same(divided<Bf16, Bf16, 16>);
+      }
     }
-  }
   return report("a state in 4, 2 and 1 parts", good, "equal bits");
 }
 
@@ -385,6 +391,8 @@ std::vector<Case> cases(bool quick) {
   add("beta up to 2", {3, 2, HV, HV, 128, 128, 0}).neg = true;
   add("head dim 64", {3, 3, HV, HV, 64, 64, 0});
   add("bf16 state", {3, 3, HV, HV, 128, 128, 0}).state = DType::kBF16;
+  add("bf16 state, one token", {3, 1, HV, HV, 128, 128, 0}).state = DType::kBF16;
+  add("bf16 state, one token, head dim 64", {3, 1, HV, HV, 64, 64, 0}).state = DType::kBF16;
   add("bf16 state, head dim 64", {3, 3, HV, HV, 64, 64, 0}).state = DType::kBF16;
   add("f16 tokens", {3, 2, HV, HV, 128, 128, 0}).tokens = DType::kF16;
   Case& full = add("f32 tokens", {3, 8, HV, HV, 128, 128, 0});

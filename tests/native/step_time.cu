@@ -1,7 +1,7 @@
 // Times the decode step without JAX: 32 calls in a CUDA graph on states in rotation that exceed the
 // L2 cache together, median over replays, a call's share. Bytes count the state read and written.
 //   step_time            the launch function's choice
-//   step_time --divide   every division of a state among CTAs
+//   step_time --divide   other divisions of a state among CTAs, and CTAs an SM
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -104,21 +104,22 @@ struct Timed {
 
 void print(const char* what, const Timed& timed, double us) {
   const StepShape& s = timed.params.shape;
-  std::printf("N %4ld  T %ld  H %2ld  %-4s  %-8s %8.2f us  %.2f TB/s\n", long(s.N), long(s.T),
+  std::printf("N %4ld  T %ld  H %2ld  %-4s  %-10s %8.2f us  %.2f TB/s\n", long(s.N), long(s.T),
               long(s.H), name(timed.params.state_dtype), what, us, timed.bytes_moved / us * 1e-6);
   std::fflush(stdout);
 }
 
-template <class State, int kLanes>
+template <class State, class Held, int kLanes, int kCtasPerSm>
 void time_division(const Timed& timed) {
-  using Config = decode_step::Config<State, 128, 128, kLanes>;
+  using Config = decode_step::Config<State, Held, 128, kLanes, kCtasPerSm>;
   const unsigned ctas = unsigned(timed.params.shape.N * timed.params.shape.HV * Config::kParts);
   const double us = graph_us([&](int i, cudaStream_t stream) {
     decode_step::decode_step_kernel<Config>
         <<<ctas, Config::kThreads, 0, stream>>>(timed.with_state(i));
   });
   CHECK_CUDA(cudaGetLastError());
-  print(("parts " + std::to_string(Config::kParts)).c_str(), timed, us);
+  const std::string what = std::to_string(Config::kParts) + " parts, " + std::to_string(kCtasPerSm);
+  print(what.c_str(), timed, us);
 }
 
 void time_shape(int64_t N, int64_t T, int64_t H, DType state, bool divide) {
@@ -128,23 +129,14 @@ void time_shape(int64_t N, int64_t T, int64_t H, DType state, bool divide) {
         }));
   if (!divide) return;
   if (state == DType::kF32) {
-    time_division<float, 8>(timed);
-    time_division<float, 16>(timed);
-    time_division<float, 32>(timed);
-  } else {
-    time_division<__nv_bfloat16, 8>(timed);
-    time_division<__nv_bfloat16, 16>(timed);
+    time_division<float, float, 8, 5>(timed);
+    time_division<float, float, 16, 3>(timed);
+  } else if (T == 1) {
+    time_division<__nv_bfloat16, __nv_bfloat16, 8, 4>(timed);
+    time_division<__nv_bfloat16, __nv_bfloat16, 8, 5>(timed);
+    time_division<__nv_bfloat16, __nv_bfloat16, 8, 6>(timed);
+    time_division<__nv_bfloat16, __nv_bfloat16, 16, 3>(timed);
   }
-}
-
-void time_copy() {
-  constexpr size_t kBytes = size_t{1} << 29;
-  DeviceBuffer from(kBytes), to(kBytes);
-  from.fill(1);
-  const double us = graph_us([&](int, cudaStream_t stream) {
-    CHECK_CUDA(cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice, stream));
-  });
-  std::printf("copy of 512 MiB %39.2f us  %.2f TB/s\n", us, 2.0 * kBytes / us * 1e-6);
 }
 
 }  // namespace
@@ -152,7 +144,6 @@ void time_copy() {
 int main(int argc, char** argv) {
   require(initialize(0));
   const bool divide = argc > 1 && std::string(argv[1]) == "--divide";
-  time_copy();
   for (int64_t N : {1, 64, 256})
     for (DType state : {DType::kF32, DType::kBF16}) time_shape(N, 1, 32, state, divide);
   time_shape(64, 1, 96, DType::kF32, divide);

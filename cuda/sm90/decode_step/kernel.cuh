@@ -51,60 +51,84 @@ __device__ __forceinline__ float decay_of(Gate gate, float g, const GateCoeffici
   return exp2_fast(log2);
 }
 
-// One warp: norms, gate and beta of token t.
+// What one warp loads of a token, and makes of it: norms, gate and beta.
 template <class Config>
-__device__ __forceinline__ void prepare_token(const StepParams& p, const Part<Config>& part, int t,
-                                              typename Config::Shared& s) {
-  constexpr int kChannels = Config::kK / 32, kValues = Config::kColumns / 32;
-  const int lane = threadIdx.x % 32, channel = lane * kChannels;
-  const int64_t qk_head = part.head / (p.shape.HV / p.shape.H);
-  const int64_t qk = part.token(p, t, p.shape.H, qk_head, Config::kK) + channel;
-  float q[kChannels], k[kChannels], g[kChannels], v[kValues], beta[1];
-  load_elements(q, p.q, p.qkv_dtype, qk);
-  load_elements(k, p.k, p.qkv_dtype, qk);
-  load_elements(g, p.g, p.g_dtype,
-                part.token(p, t, p.shape.HV, part.head, Config::kK) + channel);
-  load_elements(v, p.v, p.qkv_dtype,
-                part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column +
-                    lane * kValues);
-  load_elements(beta, p.beta, p.beta_dtype, part.token(p, t, p.shape.HV, part.head, 1));
+class TokenInputs {
+ public:
+  __device__ __forceinline__ void load(const StepParams& p, const Part<Config>& part, int t) {
+    const int64_t qk_head = part.head / (p.shape.HV / p.shape.H);
+    const int64_t qk = part.token(p, t, p.shape.H, qk_head, Config::kK) + channel();
+    q_.load(p.q, p.qkv_dtype, qk);
+    k_.load(p.k, p.qkv_dtype, qk);
+    g_.load(p.g, p.g_dtype, part.token(p, t, p.shape.HV, part.head, Config::kK) + channel());
+    v_.load(p.v, p.qkv_dtype,
+            part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column +
+                lane() * kValues);
+    beta_.load(p.beta, p.beta_dtype, part.token(p, t, p.shape.HV, part.head, 1));
+    const int64_t row = (p.parameters_per_sequence ? part.n * p.shape.HV : 0) + part.head;
+    if (p.A_log != nullptr) A_log_ = p.A_log[row];
+    if (p.dt_bias != nullptr)
+      dt_bias_ = *reinterpret_cast<const Biases*>(p.dt_bias + row * Config::kK + channel());
+  }
 
-  float q_factor = 1.0f, k_factor = 1.0f, kq = 0.0f;
-  if (p.qk_l2norm) {
-    float q_squares = 0.0f, k_squares = 0.0f;
+  __device__ __forceinline__ void prepare(const StepParams& p, int t,
+                                          typename Config::Shared& s) const {
+    const int lane = this->lane(), channel = this->channel();
+    float q[kChannels], k[kChannels], g[kChannels], v[kValues], beta[1];
+    q_.convert(p.qkv_dtype, q);
+    k_.convert(p.qkv_dtype, k);
+    g_.convert(p.g_dtype, g);
+    v_.convert(p.qkv_dtype, v);
+    beta_.convert(p.beta_dtype, beta);
+    float q_factor = 1.0f, k_factor = 1.0f, kq = 0.0f;
+    if (p.qk_l2norm) {
+      float q_squares = 0.0f, k_squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        q_squares = fmaf(q[i], q[i], q_squares);
+        k_squares = fmaf(k[i], k[i], k_squares);
+      }
+      q_factor = l2norm_factor(sum_over_warp(q_squares));
+      k_factor = l2norm_factor(sum_over_warp(k_squares));
+    }
+    const float a = expf(A_log_);
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
-      q_squares = fmaf(q[i], q[i], q_squares);
-      k_squares = fmaf(k[i], k[i], k_squares);
+      const GateCoefficients gate =
+          gate_coefficients(p.gate, a, dt_bias_.values[i], p.gate_lower_bound);
+      const float qi = q[i] * q_factor, ki = k[i] * k_factor;
+      kq = fmaf(ki, qi, kq);
+      s.rows[t][channel + i] = {ki, qi, decay_of(p.gate, g[i], gate), 0.0f};
     }
-    q_factor = l2norm_factor(sum_over_warp(q_squares));
-    k_factor = l2norm_factor(sum_over_warp(k_squares));
-  }
-  const int64_t parameters = (p.parameters_per_sequence ? part.n * p.shape.HV : 0) + part.head;
-  const float a = p.A_log != nullptr ? expf(p.A_log[parameters]) : 1.0f;
 #pragma unroll
-  for (int i = 0; i < kChannels; ++i) {
-    const float bias =
-        p.dt_bias != nullptr ? p.dt_bias[parameters * Config::kK + channel + i] : 0.0f;
-    const GateCoefficients gate = gate_coefficients(p.gate, a, bias, p.gate_lower_bound);
-    const float qi = q[i] * q_factor, ki = k[i] * k_factor;
-    kq = fmaf(ki, qi, kq);
-    s.rows[t][channel + i] = {ki, qi, decay_of(p.gate, g[i], gate), 0.0f};
+    for (int i = 0; i < kValues; ++i) s.v[t][lane * kValues + i] = v[i];
+    kq = sum_over_warp(kq);
+    if (lane == 0) {
+      s.kq[t] = kq;
+      s.beta[t] = beta_value(beta[0], p.beta_is_logits, p.allow_neg_eigval);
+    }
   }
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) s.v[t][lane * kValues + i] = v[i];
-  kq = sum_over_warp(kq);
-  if (lane == 0) {
-    s.kq[t] = kq;
-    s.beta[t] = beta_value(beta[0], p.beta_is_logits, p.allow_neg_eigval);
-  }
-}
+
+ private:
+  static constexpr int kChannels = Config::kK / 32, kValues = Config::kColumns / 32;
+  using Biases = Elements<float, kChannels>;
+
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int channel() { return lane() * kChannels; }
+
+  RawElements<kChannels> q_, k_, g_;
+  RawElements<kValues> v_;
+  RawElements<1> beta_;
+  float A_log_ = 0.0f;  // absent: unit amplitude
+  Biases dt_bias_ = {};
+};
 
 // The elements of the state that a thread holds: kRowsOfGroup x kGroupsOfLane rows of kVector
 // columns.
 template <class Config>
 struct Held {
   using State = typename Config::State;
+  using HeldElement = typename Config::HeldElement;
   using Vector = Elements<State, Config::kVector>;
   static constexpr int kGroupsOfLane = Config::kGroupsOfLane, kVector = Config::kVector;
 
@@ -116,7 +140,7 @@ struct Held {
 
   static __device__ constexpr int row(int i, int group) { return i * Config::kGroups + group; }
 
-  // Read once by nobody else: past the first-level cache, and first to leave the second.
+  // Read once and by nobody else: past the first-level cache, and first to leave the second.
   __device__ void load(const State* state) {
 #pragma unroll
     for (int i = 0; i < Config::kRowsOfGroup; ++i)
@@ -126,7 +150,7 @@ struct Held {
             reinterpret_cast<const uint4*>(state + offset + row(i, group) * Config::kV));
         const Vector vector = *reinterpret_cast<const Vector*>(&raw);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) values[i][group][j] = to_float(vector.values[j]);
+        for (int j = 0; j < kVector; ++j) convert(values[i][group].values[j], vector.values[j]);
       }
   }
   __device__ void store(State* state) const {
@@ -136,13 +160,13 @@ struct Held {
       for (int group = 0; group < kGroupsOfLane; ++group) {
         Vector vector;
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) from_float(vector.values[j], values[i][group][j]);
+        for (int j = 0; j < kVector; ++j) convert(vector.values[j], values[i][group].values[j]);
         __stcs(reinterpret_cast<uint4*>(state + offset + row(i, group) * Config::kV),
                *reinterpret_cast<const uint4*>(&vector));
       }
   }
 
-  // Decays the state; S^T k and S^T q over this warp's rows, in lanes of the first row group.
+  // Decays the state (held in fp32, or for the sums alone); S^T k and S^T q over this warp's rows.
   __device__ void decay_and_read(const typename Config::Row* rows, float (&read)[kVector],
                                  float (&out)[kVector]) {
     float reads[kGroupsOfLane][kVector] = {}, outs[kGroupsOfLane][kVector] = {};
@@ -153,8 +177,8 @@ struct Held {
         const typename Config::Row x = rows[first_row + row(i, group)];
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-          float& value = values[i][group][j];
-          value *= x.decay;
+          const float value = to_float(values[i][group].values[j]) * x.decay;
+          if constexpr (!Config::kOneToken) values[i][group].values[j] = value;
           reads[group][j] = fmaf(value, x.k, reads[group][j]);
           outs[group][j] = fmaf(value, x.q, outs[group][j]);
         }
@@ -176,21 +200,39 @@ struct Held {
     return sum + __shfl_xor_sync(kAll, sum, 16);
   }
 
+  // Makes the compiler take the elements for new ones: it would rather keep what it made of them
+  // for the sums, in twice the registers, than make it again.
+  __device__ void forget_what_was_made() {
+#pragma unroll
+    for (int i = 0; i < Config::kRowsOfGroup; ++i)
+#pragma unroll
+      for (int group = 0; group < kGroupsOfLane; ++group) {
+        uint4 raw = *reinterpret_cast<const uint4*>(&values[i][group]);
+        asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+        values[i][group] = *reinterpret_cast<const Elements<HeldElement, kVector>*>(&raw);
+      }
+  }
+
+  // Adds k u^T to the decayed state.
   __device__ void add(const typename Config::Row* rows, const float (&u)[kVector]) {
 #pragma unroll
     for (int i = 0; i < Config::kRowsOfGroup; ++i)
 #pragma unroll
       for (int group = 0; group < kGroupsOfLane; ++group) {
-        const float k = rows[first_row + row(i, group)].k;
+        const typename Config::Row& x = rows[first_row + row(i, group)];
 #pragma unroll
-        for (int j = 0; j < kVector; ++j)
-          values[i][group][j] = fmaf(k, u[j], values[i][group][j]);
+        for (int j = 0; j < kVector; ++j) {
+          HeldElement& element = values[i][group].values[j];
+          float value = to_float(element);
+          if constexpr (Config::kOneToken) value *= x.decay;
+          from_float(element, fmaf(x.k, u[j], value));
+        }
       }
   }
 
   __device__ bool in_first_row_group() const { return threadIdx.x % 32 < Config::kLanes; }
 
-  float values[Config::kRowsOfGroup][kGroupsOfLane][kVector];
+  Elements<HeldElement, kVector> values[Config::kRowsOfGroup][kGroupsOfLane];
   int first_row, own_column;
   int64_t offset;  // of the first element, in the state of a head
 };
@@ -226,7 +268,7 @@ __device__ void write_zeros(const StepParams& p, const Part<Config>& part) {
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     decode_step_kernel(const __grid_constant__ StepParams p) {
   using State = typename Config::State;
   constexpr int kVector = Config::kVector;
@@ -236,10 +278,15 @@ __global__ void __launch_bounds__(Config::kThreads)
   if (slot < 0 || slot >= p.shape.slots) return write_zeros(p, part);
   State* state = static_cast<State*>(p.state) +
                  (slot * p.shape.HV + part.head) * (Config::kK * Config::kV);
+  const int warp = threadIdx.x / 32;
+  TokenInputs<Config> inputs;
+  if (warp < p.shape.T) inputs.load(p, part, warp);  // first, so that the state does not delay it
   Held<Config> held(part);
   held.load(state);
-  const int warp = threadIdx.x / 32;
-  for (int t = warp; t < p.shape.T; t += Config::kWarps) prepare_token(p, part, t, s);
+  for (int t = warp; t < p.shape.T; t += Config::kWarps) {
+    if (t != warp) inputs.load(p, part, t);
+    inputs.prepare(p, t, s);
+  }
   __syncthreads();  // the prepared tokens, before all warps read them
 
   for (int t = 0; t < p.shape.T; ++t) {
@@ -259,6 +306,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     sum_of_warps<Config>(partial[0], held.own_column, read);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) u[j] = s.beta[t] * (s.v[t][held.own_column + j] - read[j]);
+    if constexpr (Config::kOneToken) held.forget_what_was_made();
     held.add(s.rows[t], u);
     if (warp == 0 && held.in_first_row_group()) {
       sum_of_warps<Config>(partial[1], held.own_column, out);

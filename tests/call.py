@@ -8,16 +8,6 @@ from oracle import COMPILE_QUICKLY, GRADIENTS
 
 from jax_flashkda import kimi_delta_attention
 
-# Set by pytest --backward-kernels.
-accuracy_of_backward_kernels = False
-
-
-def checks_gradients(implementation):
-    """Whether gradients must be as accurate as promised. Those of the backward kernels are not
-    everywhere, which is why users have to ask for them.
-    """
-    return implementation == "xla" or accuracy_of_backward_kernels
-
 
 def for_implementation(case, implementation):
     """The case as `implementation` can run it: the kernels take head dim 128 and 16-bit inputs.
@@ -48,7 +38,6 @@ def _program(static, gradients, options, implementation, quickly):
             **rest,
             **dict(options),
             implementation=implementation,
-            backward_implementation=implementation or "xla",  # of the kernels, by kernels
         )
 
     if not gradients:

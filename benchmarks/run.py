@@ -211,9 +211,7 @@ def time_training(shape, gate) -> tuple[float, float]:
         arrays, d_o = inputs
         ids = {"segment_ids": arrays["segment_ids"]} if "segment_ids" in arrays else {}
         floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
-        attend = lambda floats: jax_flashkda.kimi_delta_attention(
-            **floats, **ids, **options, backward_implementation="cuda"
-        )
+        attend = lambda floats: jax_flashkda.kimi_delta_attention(**floats, **ids, **options)
         o, vjp = jax.vjp(attend, floats)
         return o, vjp(d_o)
 

@@ -32,7 +32,6 @@ def kimi_delta_attention(
     return_final_state: bool = False,
     residual_name: str | None = None,
     implementation: Literal["cuda", "xla"] | None = None,
-    backward_implementation: Literal["cuda", "xla"] = "xla",
 ):
     """Kimi Delta Attention: linear attention with a delta rule and a decay per channel.
 
@@ -75,9 +74,6 @@ def kimi_delta_attention(
     - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the
       kernels on an NVIDIA GPU that they support, XLA elsewhere. Chosen when the program is lowered
       for a platform.
-    - `backward_implementation`: what differentiates a call that the kernels run. "xla", or "cuda":
-      kernels, some 25 times faster and not yet within the promised accuracy everywhere: see
-      "Limits" in the README.
 
     **Returns** o [B, T, HV, V] in v's dtype, or (o, final_state), final_state shaped like
     `initial_state`. Slots past a row's last segment return their initial state (or zero).
@@ -115,7 +111,6 @@ def kimi_delta_attention(
         return_final_state=return_final_state,
         residual_name=residual_name,
         implementation=implementation,
-        backward_implementation=backward_implementation,
     )
     named = {name: strong(x) for name, x in operands.items()}
     # One row of gate parameters per batch row: their gradients then leave the op unsummed, and the
@@ -171,7 +166,6 @@ def _resolve(
     return_final_state=False,
     residual_name=None,
     implementation=None,
-    backward_implementation="xla",
 ) -> tuple[Problem, dict[str, Any]]:
     """The call's Problem and its present array arguments by name, after checking all of it."""
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta)
@@ -193,10 +187,6 @@ def _resolve(
         qk_l2norm=qk_l2norm,
         scale=scale,
         implementation=implementation,
-    )
-    errors.check(
-        backward_implementation in ("cuda", "xla"),
-        f"backward_implementation: got {backward_implementation!r}; 'cuda' or 'xla' is accepted",
     )
     errors.check_flag("return_final_state", return_final_state)
     errors.check_type(
@@ -226,7 +216,6 @@ def _resolve(
         return_final_state=bool(return_final_state),
         residual_name=residual_name,
         implementation=implementation,
-        backward_implementation=backward_implementation,
         **{f"has_{name}": name in arrays for name in optional},
     )
     return problem, arrays

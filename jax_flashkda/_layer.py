@@ -69,7 +69,7 @@ class KimiDeltaAttention(nnx.Module):
       parameter, e.g. ("embed", "heads"): mesh axes, or logical names resolved by Flax's axis
       rules. None leaves the metadata to `kernel_init`, which may be an `nnx.with_partitioning`
       initialiser.
-    - `residual_name`, `implementation`, `backward_implementation`: passed to
+    - `residual_name`, `implementation`: passed to
       `kimi_delta_attention`.
     - `rngs`: random streams; "params" is used.
 
@@ -102,7 +102,6 @@ class KimiDeltaAttention(nnx.Module):
         axis_names: tuple[str | None, str | None] | None = None,
         residual_name: str | None = None,
         implementation: str | None = None,
-        backward_implementation: str = "xla",
         rngs: nnx.Rngs,
     ):
         num_value_heads = num_heads if num_value_heads is None else num_value_heads
@@ -126,7 +125,6 @@ class KimiDeltaAttention(nnx.Module):
         self.allow_neg_eigval = allow_neg_eigval
         self.residual_name = residual_name
         self.implementation = implementation
-        self.backward_implementation = backward_implementation
 
         embed, heads = axis_names or (None, None)
 
@@ -226,7 +224,6 @@ class KimiDeltaAttention(nnx.Module):
             qk_l2norm=True,
             residual_name=self.residual_name,
             implementation=self.implementation,
-            backward_implementation=self.backward_implementation,
             **segments,
         )
         if self.output_gate == "low_rank":

@@ -31,8 +31,7 @@ from jax.sharding import PartitionSpec as P
 from . import _chunked, _extension, _recurrent, _support
 from ._problem import Problem, StepProblem
 
-# The FFI targets of the CUDA kernels. The backward recomputes from the raw inputs; unless
-# `Problem.backward_implementation` says otherwise it does so on XLA, after a CUDA forward too.
+# The FFI targets of the CUDA kernels. The backward recomputes from the raw inputs.
 _FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in ("forward", "backward", "step")}
 
 # `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
@@ -383,8 +382,7 @@ def _lower_default(stage, ctx, *operands, problem):
 def _lower_cuda(stage, ctx, *operands, problem):
     sizes = problem.sizes(ctx.avals_in)
     empty = 0 in sizes.values()  # nothing to launch: the results are zeros and the states as given
-    on_xla = stage == "backward" and problem.backward_implementation == "xla"
-    if not _kernels_run(problem, ctx.avals_in) or on_xla or empty:
+    if not _kernels_run(problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
     workspace_bytes = _extension.workspace_bytes(

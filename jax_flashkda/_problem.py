@@ -46,7 +46,6 @@ class Problem:
     return_final_state: bool = False
     residual_name: str | None = None
     implementation: Literal["cuda", "xla"] | None = None
-    backward_implementation: Literal["cuda", "xla"] = "xla"  # where the kernels run the forward
     has_A_log: bool = False
     has_dt_bias: bool = False
     has_initial_state: bool = False

@@ -91,8 +91,7 @@ void check_options(const Params& p, int64_t rows, Problems& problems) {
       if (p.dt_bias != nullptr) problems.add("dt_bias was given, but gate log_decay reads none");
       break;
     case Gate::kSoftplus:
-      if (p.A_log == nullptr && rows > 0)
-        problems.add("A_log is missing: gate softplus needs it");
+      if (p.A_log == nullptr && rows > 0) problems.add("A_log is missing: gate softplus needs it");
       break;
     case Gate::kBounded:
       if (!(p.gate_lower_bound >= -5.0f && p.gate_lower_bound < 0.0f))
@@ -210,8 +209,7 @@ void check_step_pointers(const StepParams& p, Problems& problems) {
   check_pointer("dt_bias", p.dt_bias, false, 16, problems);
   check_pointer("state_indices", p.state_indices, false, 4, problems);
   if (p.state_indices == nullptr && p.shape.slots != p.shape.N)
-    problems.add("slots is ", p.shape.slots, ", must be N = ", p.shape.N,
-                 " without state_indices");
+    problems.add("slots is ", p.shape.slots, ", must be N = ", p.shape.N, " without state_indices");
   check_pointer("state", p.state, tokens && p.shape.slots > 0, 16, problems);
   check_pointer("o", p.o, tokens, 16, problems);
   check_pointer("token_states", p.token_states, false, 16, problems);

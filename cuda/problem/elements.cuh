@@ -24,7 +24,9 @@ __device__ __forceinline__ void from_float(__half& to, float x) { to = __float2h
 
 // From one of the types to the same or to fp32, and from fp32.
 template <class Element>
-__device__ __forceinline__ void convert(Element& to, Element x) { to = x; }
+__device__ __forceinline__ void convert(Element& to, Element x) {
+  to = x;
+}
 __device__ __forceinline__ void convert(float& to, __nv_bfloat16 x) { to = to_float(x); }
 __device__ __forceinline__ void convert(__nv_bfloat16& to, float x) { from_float(to, x); }
 

@@ -91,9 +91,7 @@ struct Truth {
   std::vector<double> o, token_states;
 };
 
-int32_t slot_of(const Case& c, int64_t n) {
-  return c.indices.empty() ? int32_t(n) : c.indices[n];
-}
+int32_t slot_of(const Case& c, int64_t n) { return c.indices.empty() ? int32_t(n) : c.indices[n]; }
 
 bool has_slot(const Case& c, int64_t n) {
   const int64_t slots = c.indices.empty() ? c.shape.N : c.shape.slots;
@@ -242,10 +240,9 @@ bool check(const Case& c) {
   const auto states = download(launch.state, c.state);
   const double o_error = relative_rms(truth.o, download(launch.o, c.tokens)),
                state_error = relative_rms(final_states(c, x, truth), states),
-               token_error =
-                   c.token_states
-                       ? relative_rms(truth.token_states, download(launch.token_states, c.state))
-                       : 0.0;
+               token_error = c.token_states ? relative_rms(truth.token_states,
+                                                           download(launch.token_states, c.state))
+                                            : 0.0;
   const bool accurate = o_error <= limit_of(c.tokens) && state_error <= limit_of(c.state) &&
                         token_error <= limit_of(c.state);
   bool untouched = true;
@@ -253,9 +250,9 @@ bool check(const Case& c) {
     bool named = false;
     for (int64_t n = 0; n < c.shape.N; ++n) named |= slot_of(c, n) == slot;
     const int64_t size = c.shape.HV * c.shape.K * c.shape.V;
-    untouched &= named || std::equal(states.begin() + slot * size,
-                                     states.begin() + (slot + 1) * size,
-                                     x.state.begin() + slot * size);
+    untouched &=
+        named || std::equal(states.begin() + slot * size, states.begin() + (slot + 1) * size,
+                            x.state.begin() + slot * size);
   }
   bool repeats = true;
   for (int byte : {0x3C, 0xFF, 0xFF}) {
@@ -348,8 +345,8 @@ bool check_batch() {
     const auto own_o = alone.o.download<uint16_t>();
     const auto own_states = alone.state.download<uint32_t>();
     good &= std::equal(own_o.begin(), own_o.end(), o.begin() + n * own_o.size());
-    good &= std::equal(own_states.begin(), own_states.end(),
-                       states.begin() + n * own_states.size());
+    good &=
+        std::equal(own_states.begin(), own_states.end(), states.begin() + n * own_states.size());
   }
   return report("alone and in a batch", good, "equal bits");
 }

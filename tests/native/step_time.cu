@@ -68,7 +68,8 @@ struct Timed {
     A_log = upload_as(std::vector<float>(H, 0.0f), false);
     dt_bias = upload_as(std::vector<float>(H * 128, -4.0f), false);
     o = DeviceBuffer(N * T * H * 256);
-    const int64_t elements = N * H * 128 * 128, bytes = elements * (state_dtype == DType::kF32 ? 4 : 2);
+    const int64_t elements = N * H * 128 * 128,
+                  bytes = elements * (state_dtype == DType::kF32 ? 4 : 2);
     bytes_moved = 2.0 * bytes;
     const int sets = std::min<int>(kCalls, 1 + int(2 * kL2Bytes / bytes));
     for (int i = 0; i < sets; ++i) {
@@ -124,9 +125,8 @@ void time_division(const Timed& timed) {
 
 void time_shape(int64_t N, int64_t T, int64_t H, DType state, bool divide) {
   const Timed timed(N, T, H, state);
-  print("", timed, graph_us([&](int i, cudaStream_t stream) {
-          require(step(timed.with_state(i), stream));
-        }));
+  print("", timed,
+        graph_us([&](int i, cudaStream_t stream) { require(step(timed.with_state(i), stream)); }));
   if (!divide) return;
   if (state == DType::kF32) {
     time_division<float, float, 8, 5>(timed);

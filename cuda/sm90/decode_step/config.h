@@ -15,9 +15,9 @@ struct Config {
   static constexpr int kK = kDim, kV = kDim, kLanes = kLanes_, kCtasPerSm = kCtasPerSm_;
   static constexpr bool kOneToken = sizeof(HeldElement) < 4;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kVector = 16 / sizeof(State);     // columns of a lane
-  static constexpr int kColumns = kLanes * kVector;      // of a CTA
-  static constexpr int kParts = kV / kColumns;           // CTAs of a state
+  static constexpr int kVector = 16 / sizeof(State);  // columns of a lane
+  static constexpr int kColumns = kLanes * kVector;   // of a CTA
+  static constexpr int kParts = kV / kColumns;        // CTAs of a state
   static constexpr int kRowsOfWarp = kK / kWarps;
   // A sum over a warp's rows is that of four interleaved groups of rows, whoever holds them: the
   // bits do not depend on kLanes.
@@ -34,7 +34,7 @@ struct Config {
     Row rows[kMostStepTokens][kK];
     float v[kMostStepTokens][kColumns];
     float beta[kMostStepTokens], kq[kMostStepTokens];  // kq: the product of k and q
-    float partial[2][2][kWarps][kColumns];  // [token's parity][S^T k, S^T q]
+    float partial[2][2][kWarps][kColumns];             // [token's parity][S^T k, S^T q]
   };
 };
 

@@ -61,9 +61,9 @@ class TokenInputs {
     q_.load(p.q, p.qkv_dtype, qk);
     k_.load(p.k, p.qkv_dtype, qk);
     g_.load(p.g, p.g_dtype, part.token(p, t, p.shape.HV, part.head, Config::kK) + channel());
-    v_.load(p.v, p.qkv_dtype,
-            part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column +
-                lane() * kValues);
+    v_.load(
+        p.v, p.qkv_dtype,
+        part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column + lane() * kValues);
     beta_.load(p.beta, p.beta_dtype, part.token(p, t, p.shape.HV, part.head, 1));
     const int64_t row = (p.parameters_per_sequence ? part.n * p.shape.HV : 0) + part.head;
     if (p.A_log != nullptr) A_log_ = p.A_log[row];
@@ -146,8 +146,8 @@ struct Held {
     for (int i = 0; i < Config::kRowsOfGroup; ++i)
 #pragma unroll
       for (int group = 0; group < kGroupsOfLane; ++group) {
-        const uint4 raw = __ldcs(
-            reinterpret_cast<const uint4*>(state + offset + row(i, group) * Config::kV));
+        const uint4 raw =
+            __ldcs(reinterpret_cast<const uint4*>(state + offset + row(i, group) * Config::kV));
         const Vector vector = *reinterpret_cast<const Vector*>(&raw);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) convert(values[i][group].values[j], vector.values[j]);
@@ -253,17 +253,16 @@ __device__ void write_zeros(const StepParams& p, const Part<Config>& part) {
   const float zero[1] = {};
   for (int64_t t = 0; t < p.shape.T; ++t) {
     for (int column = threadIdx.x; column < Config::kColumns; column += Config::kThreads)
-      store_elements(p.o, p.qkv_dtype,
-                     part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column +
-                         column,
-                     zero);
+      store_elements(
+          p.o, p.qkv_dtype,
+          part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column + column, zero);
     if (p.token_states == nullptr) continue;
     const int64_t state = part.token(p, t, p.shape.HV, part.head, Config::kK * Config::kV);
     for (int i = threadIdx.x; i < Config::kK * Config::kColumns; i += Config::kThreads)
-      store_elements(p.token_states, p.state_dtype,
-                     state + i / Config::kColumns * Config::kV + part.first_column +
-                         i % Config::kColumns,
-                     zero);
+      store_elements(
+          p.token_states, p.state_dtype,
+          state + i / Config::kColumns * Config::kV + part.first_column + i % Config::kColumns,
+          zero);
   }
 }
 
@@ -276,8 +275,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const Part<Config> part(p);
   const int64_t slot = p.state_indices != nullptr ? p.state_indices[part.n] : part.n;
   if (slot < 0 || slot >= p.shape.slots) return write_zeros(p, part);
-  State* state = static_cast<State*>(p.state) +
-                 (slot * p.shape.HV + part.head) * (Config::kK * Config::kV);
+  State* state =
+      static_cast<State*>(p.state) + (slot * p.shape.HV + part.head) * (Config::kK * Config::kV);
   const int warp = threadIdx.x / 32;
   TokenInputs<Config> inputs;
   if (warp < p.shape.T) inputs.load(p, part, warp);  // first, so that the state does not delay it
@@ -312,10 +311,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       sum_of_warps<Config>(partial[1], held.own_column, out);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) out[j] = p.scale * fmaf(u[j], s.kq[t], out[j]);
-      store_elements(p.o, p.qkv_dtype,
-                     part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column +
-                         held.own_column,
-                     out);
+      store_elements(
+          p.o, p.qkv_dtype,
+          part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column + held.own_column,
+          out);
     }
     if (p.token_states != nullptr)
       held.store(static_cast<State*>(p.token_states) +

@@ -16,8 +16,7 @@ template <class Config>
 Status launch(const StepParams& params, CUstream_st* stream) {
   const int64_t ctas = params.shape.N * params.shape.HV * Config::kParts;
   clear_older_error();
-  decode_step_kernel<Config>
-      <<<static_cast<unsigned>(ctas), Config::kThreads, 0, stream>>>(params);
+  decode_step_kernel<Config><<<static_cast<unsigned>(ctas), Config::kThreads, 0, stream>>>(params);
   return launch_status("decode_step_kernel");
 }
 

@@ -264,12 +264,14 @@ def time_step(name, state_dtype) -> float:
 
     compiled = jax.jit(several, donate_argnums=0).lower(states, tokens).compile()
     assert "jax_flashkda.step" in compiled.as_text()
-    times = []
+    programs, times = 4, []
     for _ in range(12):
         jax.block_until_ready(states)
         start = time.perf_counter()
-        states, outputs = jax.block_until_ready(compiled(states, tokens))
-        times.append((time.perf_counter() - start) * 1e3 / UNROLLED)
+        for _ in range(programs):  # the next one is prepared while this one runs
+            states, outputs = compiled(states, tokens)
+        jax.block_until_ready((states, outputs))
+        times.append((time.perf_counter() - start) * 1e3 / (programs * UNROLLED))
     return statistics.median(times[3:])
 
 

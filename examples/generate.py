@@ -136,9 +136,10 @@ class Lines:
         for i, (prompt, text) in enumerate(zip(self.prompts, texts, strict=True)):
             whole = prompt + bytes(text.tolist())
             end = len(whole) if last else whole.rfind(b"\n") + 1
-            for line in whole[self.shown[i] : end].splitlines():
-                print(f"{i}| {line.decode(errors='replace')}", flush=True)
-            self.shown[i] = max(end, self.shown[i])
+            if end > self.shown[i]:
+                for line in whole[self.shown[i] : end].removesuffix(b"\n").split(b"\n"):
+                    print(f"{i}| {line.decode(errors='replace')}", flush=True)
+                self.shown[i] = end
 
 
 def main():

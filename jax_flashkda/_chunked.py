@@ -31,25 +31,28 @@ _TOKEN_OPERANDS = ("q", "k", "v", "g", "beta")
 def forward(problem: Problem, *operands):
     """Forward results of `problem` (see `_problem.py` for operands and results)."""
     call = _Call(problem, operands)
+    chunk_states = call.no_chunk_states()
     if call.empty:
-        return (call.tokens[2][:, : call.T], call.initial_state)[: len(problem.result_names)]
+        return call.results(call.tokens[2], call.initial_state, chunk_states)
 
     def step(i, carry):
-        o, states, state = carry
+        o, states, chunk_states, state = carry
         chunk = call.schedule[i]
         tile = [_take(x, chunk.start) for x in call.tokens]
         state = call.enter(chunk, state)
         o_tile, state = _chunk(problem, chunk.mask(), tile, call.parameters, state)
-        return _put(o, chunk, o_tile), call.leave(chunk, states, state), state
+        if chunk_states is not None:
+            whole = chunk.length == CHUNK
+            chunk_states = _put_state(chunk_states, chunk.start // CHUNK, whole, state)
+        return _put(o, chunk, o_tile), call.leave(chunk, states, state), chunk_states, state
 
-    o, states, _ = lax.fori_loop(
+    o, states, chunk_states, _ = lax.fori_loop(
         0,
         call.schedule.count,
         step,
-        (jnp.zeros_like(call.tokens[2]), call.initial_state, call.zero_state),
+        (jnp.zeros_like(call.tokens[2]), call.initial_state, chunk_states, call.zero_state),
     )
-    o = o[:, : call.T]
-    return (o, states) if problem.return_final_state else (o,)
+    return call.results(o, states, chunk_states)
 
 
 def backward(problem: Problem, *operands):
@@ -58,8 +61,12 @@ def backward(problem: Problem, *operands):
     """
     call = _Call(problem, operands)
     cotangents = operands[len(problem.operand_names) :]
-    d_o = _pad_tail(cotangents[0], call.padded_T)
-    d_states = cotangents[1] if problem.return_final_state else jnp.zeros_like(call.initial_state)
+    d_results = dict(zip(problem.result_names, cotangents, strict=True))
+    d_o = _pad_tail(d_results["o"], call.padded_T)
+    d_states = d_results.get("final_state", jnp.zeros_like(call.initial_state))
+    d_chunk_states = d_results.get("chunk_states")
+    if call.no_chunk_states() is None:
+        d_chunk_states = None
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     if call.empty:
         return call.gradients(zeros(call.tokens), zeros(call.parameters), d_states)
@@ -85,6 +92,9 @@ def backward(problem: Problem, *operands):
         # A state that nobody reads has no cotangent: that of a segment without a slot is zero.
         d_final = jnp.where(_rows(mine, d_state), _take_state(d_states, chunk.segment), 0)
         d_state = jnp.where(_rows(chunk.last, d_state), d_final, d_state)
+        if d_chunk_states is not None:
+            whole = _rows(chunk.length == CHUNK, d_state)
+            d_state += jnp.where(whole, _take_state(d_chunk_states, chunk.start // CHUNK), 0)
         _, pull_back = jax.vjp(
             lambda tile, parameters, state: _chunk(problem, chunk.mask(), tile, parameters, state),
             tile,
@@ -138,6 +148,22 @@ class _Call:
         self.initial_state = named.get("initial_state")
         if self.initial_state is None:
             self.initial_state = jnp.zeros((B, problem.max_segments, HV, K, V), dtype)
+
+    def no_chunk_states(self):
+        """Zeros for the states after whole chunks; None where there are none, or nobody asks."""
+        M = self.T // CHUNK
+        if not self.problem.return_chunk_states or M == 0:
+            return None
+        B, *state = self.zero_state.shape
+        return jnp.zeros((B, M, *state), self.zero_state.dtype)
+
+    def results(self, o, states, chunk_states):
+        """The results that the problem asks for, in order."""
+        if chunk_states is None:
+            B, *state = self.zero_state.shape
+            chunk_states = jnp.zeros((B, 0, *state), self.zero_state.dtype)
+        named = dict(o=o[:, : self.T], final_state=states, chunk_states=chunk_states)
+        return tuple(named[name] for name in self.problem.result_names)
 
     def gradients(self, d_tokens, d_parameters, d_states):
         """All gradients in operand order, without the padding."""

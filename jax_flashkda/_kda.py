@@ -30,6 +30,7 @@ def kimi_delta_attention(
     padding_segment_id: int | None = 0,
     max_segments: int | None = None,
     return_final_state: bool = False,
+    return_chunk_states: bool = False,
     residual_name: str | None = None,
     implementation: Literal["cuda", "xla"] | None = None,
 ):
@@ -69,14 +70,20 @@ def kimi_delta_attention(
       The n-th segment of a row has slot n; segments beyond N start from zero and their states are
       dropped.
     - `return_final_state`: also return the state after the last token of each segment.
+    - `return_chunk_states`: also return the state after every 64 tokens of each segment (for prefix
+      caches); on XLA alone.
     - `residual_name`: names what the backward needs, and the output, for `jax.checkpoint` policies:
       `save_only_these_names(residual_name)` then recomputes nothing of the op.
     - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the
       kernels on an NVIDIA GPU that they support, XLA elsewhere. Chosen when the program is lowered
       for a platform.
 
-    **Returns** o [B, T, HV, V] in v's dtype, or (o, final_state), final_state shaped like
-    `initial_state`. Slots past a row's last segment return their initial state (or zero).
+    **Returns** o [B, T, HV, V] in v's dtype, or a tuple of o and what was asked for. final_state is
+    shaped like `initial_state`; slots past a row's last segment return their initial state (or
+    zero). chunk_states is [B, T // 64, HV, K, V]: in a segment that begins at token s, the state
+    after its first 64 m tokens is entry (s + 64 m) // 64 - 1, so without segments entry i is the
+    state after 64 (i + 1) tokens; entries that are no such state are zero. A call with one of them
+    as `initial_state` and the tokens after it continues the sequence.
 
     **Raises** ValueError or TypeError while tracing, listing every mismatch of the call.
     NotImplementedError where `implementation="cuda"` cannot run the call. Forward mode and second
@@ -109,6 +116,7 @@ def kimi_delta_attention(
         padding_segment_id=padding_segment_id,
         max_segments=max_segments,
         return_final_state=return_final_state,
+        return_chunk_states=return_chunk_states,
         residual_name=residual_name,
         implementation=implementation,
     )
@@ -121,10 +129,11 @@ def kimi_delta_attention(
     if initial_state is not None and segment_ids is None:
         named["initial_state"] = named["initial_state"][:, None]
     results = _vjp.attend(problem, *(named[name] for name in problem.operand_names))
-    if not return_final_state:
+    if len(results) == 1:
         return results[0]
-    o, final_state = results
-    return o, final_state if segment_ids is not None else final_state[:, 0]
+    if return_final_state and segment_ids is None:
+        results = (results[0], results[1][:, 0], *results[2:])
+    return tuple(results)
 
 
 def supported(q, k, v, g, beta, *, compute_capability: str | None = None, **options) -> str | None:
@@ -164,6 +173,7 @@ def _resolve(
     padding_segment_id=0,
     max_segments=None,
     return_final_state=False,
+    return_chunk_states=False,
     residual_name=None,
     implementation=None,
 ) -> tuple[Problem, dict[str, Any]]:
@@ -189,6 +199,7 @@ def _resolve(
         implementation=implementation,
     )
     errors.check_flag("return_final_state", return_final_state)
+    errors.check_flag("return_chunk_states", return_chunk_states)
     errors.check_type(
         residual_name is None or isinstance(residual_name, str),
         f"residual_name: got {residual_name!r}; a string or None is accepted",
@@ -214,6 +225,7 @@ def _resolve(
         padding_segment_id=None if padding_segment_id is None else int(padding_segment_id),
         max_segments=N,
         return_final_state=bool(return_final_state),
+        return_chunk_states=bool(return_chunk_states),
         residual_name=residual_name,
         implementation=implementation,
         **{f"has_{name}": name in arrays for name in optional},

@@ -348,7 +348,8 @@ def _abstract(stage, *operands, problem):
     if stage == "backward":
         return [named[name].update(weak_type=False) for name in result_names]
     sizes, v = problem.sizes(operands), named["v"]
-    dtypes = {"o": v.dtype, "final_state": np.promote_types(v.dtype, np.float32)}
+    state_dtype = np.promote_types(v.dtype, np.float32)
+    dtypes = {"o": v.dtype, "final_state": state_dtype, "chunk_states": state_dtype}
     if stage == "step":
         dtypes["state"] = dtypes["token_states"] = named["state"].dtype
     return [

@@ -5,7 +5,7 @@ every operand has a leading batch axis, and absent operands are left out rather 
 None; `Problem` says which ones are there. It is hashable, so it is the static parameter of the
 primitives and of the custom_vjp.
 
-Forward results: o in v's dtype, and final_state like initial_state if asked for.
+Forward results: o in v's dtype, final_state like initial_state and chunk_states if asked for.
 Backward operands: the forward operands, then one cotangent per forward result.
 Backward results: a gradient per float operand, in order, in that operand's shape and dtype.
 """
@@ -30,6 +30,7 @@ AXES = {
     "segment_ids": ("B", "T"),
     "o": ("B", "T", "HV", "V"),
     "final_state": ("B", "N", "HV", "K", "V"),
+    "chunk_states": ("B", "M", "HV", "K", "V"),  # M = T // 64
 }
 
 
@@ -44,6 +45,7 @@ class Problem:
     padding_segment_id: int | None = 0
     max_segments: int = 1  # N, the segment states a row carries; 1 without segment_ids
     return_final_state: bool = False
+    return_chunk_states: bool = False
     residual_name: str | None = None
     implementation: Literal["cuda", "xla"] | None = None
     has_A_log: bool = False
@@ -71,7 +73,8 @@ class Problem:
     @property
     def result_names(self) -> tuple[str, ...]:
         """The forward results, in order."""
-        return ("o", "final_state") if self.return_final_state else ("o",)
+        final_state = ("final_state",) if self.return_final_state else ()
+        return ("o", *final_state, *(("chunk_states",) if self.return_chunk_states else ()))
 
     def signature(self, stage: Literal["forward", "backward"]):
         """(operand names, result names) of a stage; a cotangent goes by the name of its primal."""
@@ -84,11 +87,11 @@ class Problem:
         return dict(zip(self.operand_names, operands, strict=False))
 
     def sizes(self, operands) -> dict[str, int]:
-        """The size of every axis letter: B, T, H, HV, K, V, N."""
+        """The size of every axis letter: B, T, H, HV, K, V, N, and M where it is used."""
         sizes = {"N": self.max_segments}
         for name, operand in self.named(operands).items():
             sizes.update(zip(AXES[name], operand.shape, strict=True))
-        return sizes
+        return sizes | ({"M": sizes["T"] // 64} if self.return_chunk_states else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,8 @@ def unsupported_reasons(
     mismatches = _step_mismatches if is_step else _mismatches
     capabilities = [compute_capability] if compute_capability else _local_compute_capabilities()
     reasons = []
+    if not is_step and problem.return_chunk_states:
+        reasons.append("the kernels do not return chunk states (return_chunk_states=True)")
     for capability in capabilities or [None]:
         compiled = [row for row in variants if capability in (None, _capability(row))]
         if compiled:

@@ -149,11 +149,10 @@ def test_generated_text_is_that_of_full_forwards(train, tmp_path, monkeypatch):
     finish(train(tmp_path, steps=6))
     prompts = ["def f", "x", "    return x + 1\n\ndef f1_2(x):\n" * 3]
     script = command(EXAMPLES / "generate.py", *prompts, "--length=24", "--temperature=0")
-    ran = subprocess.run(
-        [*script, f"--out={tmp_path}"], capture_output=True, text=True, timeout=600
-    )
+    ran = subprocess.run([*script, f"--out={tmp_path}"], capture_output=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert re.search(r"prefill: \d+ tokens of 3 prompts, \d+ tokens/s; decode: \d+ tok", ran.stdout)
+    stdout = ran.stdout.decode()
+    assert re.search(r"prefill: \d+ tokens of 3 prompts, \d+ tokens/s; decode: \d+ tok", stdout)
 
     monkeypatch.syspath_prepend(EXAMPLES)
     import generate
@@ -162,8 +161,8 @@ def test_generated_text_is_that_of_full_forwards(train, tmp_path, monkeypatch):
     texts, _, _ = generate.generate(model, [prompt.encode() for prompt in prompts], 24)
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         np.testing.assert_array_equal(text, greedy_by_full_forwards(model, prompt.encode(), 24))
-        lines = (prompt.encode() + bytes(text.tolist())).splitlines()
-        shown = [line[3:] for line in ran.stdout.split("\n") if line.startswith(f"{i}| ")]
+        lines = (prompt.encode() + bytes(text.tolist())).removesuffix(b"\n").split(b"\n")
+        shown = [line[3:] for line in stdout.split("\n") if line.startswith(f"{i}| ")]
         assert shown == [line.decode(errors="replace") for line in lines]
 
 

@@ -189,7 +189,7 @@ struct BackwardWorkspace {
   ForwardWorkspace forward;
   int64_t states;            // [B, HV, boundary_slots] of kBoundaryBytes
   int64_t state_gradients;   // [B, HV, boundary_slots] of kBoundaryBytes
-  int64_t residuals;         // [B, T, HV, V] bf16  R
+  int64_t corrected_values;  // [B, T, HV, V] bf16  U
   int64_t head_gradients_q;  // [B, T, HV, K] f32   dq before its sum over a group, with HV > H
   int64_t head_gradients_k;  // [B, T, HV, K] f32   dk likewise
   int64_t partials;          // [gradient_ctas_per_head, B, HV] of gradient_partial_floats
@@ -205,7 +205,7 @@ inline BackwardWorkspace backward_workspace(const ForwardShape& shape) {
   w.boundary_slots = (shape.T + kChunk - 1) / kChunk;
   w.states = layout.take(shape.B * shape.HV * w.boundary_slots * kBoundaryBytes);
   w.state_gradients = layout.take(shape.B * shape.HV * w.boundary_slots * kBoundaryBytes);
-  w.residuals = layout.take(head_tokens * shape.V * 2);
+  w.corrected_values = layout.take(head_tokens * shape.V * 2);
   if (shape.HV > shape.H) {
     w.head_gradients_q = layout.take(head_tokens * shape.K * 4);
     w.head_gradients_k = layout.take(head_tokens * shape.K * 4);

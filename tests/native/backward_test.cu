@@ -152,6 +152,22 @@ double image_error(const Launch& launch, int64_t offset, const std::vector<doubl
   return relative_rms(expected, [&](size_t i) { return double(got[i]); });
 }
 
+double corrected_value_error(const Launch& launch, int64_t offset, const Case& c,
+                             const oracle::Gradients& truth) {
+  const ForwardShape& s = launch.params.shape;
+  const auto rows = launch.from_workspace<uint16_t>(offset, s.B * s.T * s.HV * s.V);
+  std::vector<double> expected;
+  std::vector<float> got;
+  for (int64_t b = 0; b < s.B; ++b)
+    for (const oracle::Run& segment : oracle::runs(c.call, b))
+      for (int64_t i = 0; i < segment.length * s.HV * s.V; ++i) {
+        const int64_t at = (b * s.T + segment.start) * s.HV * s.V + i;
+        expected.push_back(truth.corrected_values[at]);
+        got.push_back(bf16_value(rows[at]));
+      }
+  return relative_rms(expected, [&](size_t i) { return double(got[i]); });
+}
+
 bool check(const Case& c) {
   const Cotangents d = make_cotangents(c);
   Launch launch(c, d);
@@ -166,6 +182,7 @@ bool check(const Case& c) {
   };
   std::printf("%s  (limits %.3f, %.3f)\n   ", c.name.c_str(), c.gradient_limit, c.gate_limit);
   judge("S", image_error(launch, w.states, truth.states, truth));
+  judge("U", corrected_value_error(launch, w.corrected_values, c, truth));
   judge("dS", image_error(launch, w.state_gradients, truth.state_gradients, truth));
   for (size_t i = 0; i < launch.gradients.size(); ++i) {
     const std::vector<float> got = launch.gradients[i].values();

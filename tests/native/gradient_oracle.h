@@ -1,5 +1,5 @@
-// The gradient stage's formulas in float64, on the CPU, chunk by chunk. What the stages before would
-// hand it (states, state gradients, R, dU, the inverse) is any data. Shares no code with the kernels.
+// The gradient stage's formulas in float64, on the CPU, chunk by chunk. What the scans would hand
+// it (states, state gradients, U, dR) is any data. Shares no code with the kernels.
 #pragma once
 
 #include "oracle.h"
@@ -8,14 +8,13 @@ namespace oracle {
 
 struct GradientCall {
   Call call;                       // v and initial_state too; o's cotangent and the rest below
-  std::vector<float> d_o, d_u, r;  // [B, T, HV, V]
-  std::vector<float> inverse;      // [B, HV, T, 64]: row i of a chunk, columns 0 .. i
+  std::vector<float> d_o, d_r, u;  // [B, T, HV, V]
   std::vector<float> states, state_gradients;  // [B, HV, boundary slots, V, K]
   std::vector<float> d_final_state;            // [B, N, HV, K, V] or empty: zero
 };
 
 struct Gradients {
-  std::vector<double> dq, dk, dv, dg, d_beta;       // dq and dk [B, T, H, K]
+  std::vector<double> dq, dk, dg, d_beta;           // dq and dk [B, T, H, K]
   std::vector<double> dA_log, d_dt_bias;            // [B, HV], [B, HV, K]
   std::vector<double> dA_log_size, d_dt_bias_size;  // sums of squares of their summands
 };
@@ -92,37 +91,12 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       G[i * K + n] = (i > 0 ? G[(i - 1) * K + n] : 0.0) + std::max(decay[i * K + n], -110.0);
     }
   }
-  // U = X R and dV = Diag(beta) X^T dU, which the stage rounds; d_beta knows them unrounded.
-  auto u = matrix(L, V), d_v = matrix(L, V);
-  std::vector<double> beta(L), slope(L, 1.0), d_beta(L, 0.0);
-  for (int64_t i = 0; i < L; ++i) {
-    beta[i] = c.beta[(chunk.row * c.T + chunk.start + i) * c.HV + h];
-    if (c.beta_is_logits) {
-      const double s = 1.0 / (1.0 + std::exp(-beta[i])), top = c.allow_neg_eigval ? 2.0 : 1.0;
-      beta[i] = top * s;
-      slope[i] = top * s * (1.0 - s);
-    }
-    const bool writes = std::fabs(beta[i]) > 0x1p-60;
-    if (!writes) beta[i] = std::copysign(0x1p-60, beta[i]);
-    auto X = [&](int64_t row, int64_t column) {
-      return x.inverse[(row_head * c.T + chunk.start + row) * 64 + column];
-    };
-    for (int64_t v = 0; v < V; ++v) {
-      double d_r = 0.0;
-      for (int64_t j = 0; j <= i; ++j) u[i * V + v] += X(i, j) * x.r[v_at(j) + v];
-      for (int64_t j = i; j < L; ++j) d_r += X(j, i) * x.d_u[v_at(j) + v];
-      d_beta[i] += d_r * u[i * V + v] / beta[i] * slope[i];
-      u[i * V + v] = writes ? round_bf16(float(u[i * V + v])) : 0.0;
-      out.dv[v_at(i) + v] = writes ? beta[i] * d_r : 0.0;
-      d_v[i * V + v] = round_bf16(float(out.dv[v_at(i) + v]));
-    }
-  }
   auto dA = matrix(L, L), dL = matrix(L, L);
   for (int64_t i = 0; i < L; ++i)
     for (int64_t j = 0; j <= i; ++j)
       for (int64_t v = 0; v < V; ++v) {
-        dA[i * L + j] += c.scale * x.d_o[v_at(i) + v] * u[j * V + v];
-        if (j < i) dL[i * L + j] -= d_v[i * V + v] * u[j * V + v];
+        dA[i * L + j] += c.scale * x.d_o[v_at(i) + v] * x.u[v_at(j) + v];
+        if (j < i) dL[i * L + j] -= double(x.d_r[v_at(i) + v]) * x.u[v_at(j) + v];
       }
   auto dq = matrix(L, K), dk = matrix(L, K), dG = matrix(L, K), restored = matrix(L, K);
   std::vector<double> end(K, 0.0);
@@ -133,8 +107,8 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       double dq_d = 0.0, dk_d = 0.0, dk_r = 0.0;
       for (int64_t v = 0; v < V; ++v) {
         dq_d += c.scale * x.d_o[v_at(i) + v] * S[v * K + n];
-        dk_d -= d_v[i * V + v] * S[v * K + n];
-        dk_r += u[i * V + v] * dS[v * K + n];
+        dk_d -= x.d_r[v_at(i) + v] * S[v * K + n];
+        dk_r += x.u[v_at(i) + v] * dS[v * K + n];
       }
       const double down = std::exp(G[i * K + n]), up = std::exp(G[(L - 1) * K + n] - G[i * K + n]);
       dq[i * K + n] += down * dq_d;
@@ -182,17 +156,26 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
     }
   }
   for (int64_t i = 0; i < L; ++i) {
-    double q_dot = 0.0, k_dot = 0.0;
+    double q_dot = 0.0, k_dot = 0.0, d_beta = 0.0;
     for (int64_t n = 0; n < K; ++n) {
       q_dot += q[i * K + n] * dq[i * K + n];
       k_dot += k[i * K + n] * dk[i * K + n];
+      d_beta += double(x.d_r[v_at(i) + n]) * x.u[v_at(i) + n];
     }
     if (!c.qk_l2norm) q_dot = k_dot = 0.0;
     for (int64_t n = 0; n < K; ++n) {
       out.dq[qk_at(i) + n] += fq[i] * (dq[i * K + n] - q[i * K + n] * q_dot);
       out.dk[qk_at(i) + n] += fk[i] * (dk[i * K + n] - k[i * K + n] * k_dot);
     }
-    out.d_beta[(chunk.row * c.T + chunk.start + i) * c.HV + h] = d_beta[i];
+    const int64_t at = (chunk.row * c.T + chunk.start + i) * c.HV + h;
+    double beta = c.beta[at], slope = 1.0;
+    if (c.beta_is_logits) {
+      const double s = 1.0 / (1.0 + std::exp(-beta)), top = c.allow_neg_eigval ? 2.0 : 1.0;
+      beta = top * s;
+      slope = top * s * (1.0 - s);
+    }
+    if (std::fabs(beta) < 0x1p-60) beta = std::copysign(0x1p-60, beta);
+    out.d_beta[at] = d_beta / (beta * beta) * slope;
   }
 }
 
@@ -202,7 +185,6 @@ inline Gradients gradients(const GradientCall& x) {
   out.dq.assign(c.B * c.T * c.H * Call::K, 0.0);
   out.dk = out.dq;
   out.dg.assign(c.B * c.T * c.HV * Call::K, 0.0);
-  out.dv = out.dg;
   out.d_beta.assign(c.B * c.T * c.HV, 0.0);
   out.dA_log.assign(c.B * c.HV, 0.0);
   out.d_dt_bias.assign(c.B * c.HV * Call::K, 0.0);

@@ -11,7 +11,6 @@
 
 #include "device.h"
 #include "gradient_oracle.h"
-#include "problem/numerics.cuh"
 #include "problem/workspace.h"
 #include "sm90/launch.h"
 
@@ -41,24 +40,6 @@ std::vector<uint16_t> swizzled_images(const std::vector<float>& images) {
     std::memcpy(&out[image * 128 * 128 + k / 64 * 8192 + v * 64 + ((piece ^ (v % 8)) * 8) + k % 8],
                 &x, 2);
   }
-  return out;
-}
-
-// Operands as chunk_prepare stores them, of which the stage reads the inverse alone: the others NaN.
-std::vector<uint16_t> inverse_tiles(const GradientCall& x) {
-  const Call& c = x.call;
-  constexpr size_t kRow = kOperandBytes / 2, kTileRow = kTileRowBytes / 2;
-  std::vector<uint16_t> out(c.B * c.HV * c.T * kRow, 0x7fff);
-  for (const oracle::ChunkRange& chunk : oracle::chunks_of(c))
-    for (int64_t h = 0; h < c.HV; ++h) {
-      const size_t first = (chunk.row * c.HV + h) * c.T + chunk.start;
-      uint16_t* tile = &out[first * kRow + kTileAkkInv * chunk.length * kTileRow];
-      for (int64_t i = 0; i < chunk.length; ++i)
-        for (int64_t j = 0; j < 64; ++j) {
-          const __nv_bfloat16 value = __float2bfloat16(x.inverse[(first + i) * 64 + j]);
-          std::memcpy(&tile[swizzle128(int(i), int(j / 8)) / 2 + j % 8], &value, 2);
-        }
-    }
   return out;
 }
 
@@ -95,7 +76,7 @@ struct Launch {
     beta = upload_as(x.beta, beta_bf16), A_log = upload_as(x.A_log, false);
     dt_bias = upload_as(x.dt_bias, false), initial_state = upload_as(x.initial_state, false);
     d_final_state = upload_as(c.x.d_final_state, false), d_o = upload_as(c.x.d_o, true);
-    d_u = c.x.d_u, r = upload_as(c.x.r, true), inverse = inverse_tiles(c.x);
+    d_r = c.x.d_r, u = upload_as(c.x.u, true);
     segment_ids = DeviceBuffer(x.segment_ids.size() * 4);
     segment_ids.upload(x.segment_ids);
     dq = DeviceBuffer(x.q.size() * 2), dk = DeviceBuffer(x.q.size() * 2);
@@ -139,7 +120,7 @@ struct Launch {
     for (DeviceBuffer* b : {&dq, &dk, &dg, &d_beta, &dA_log, &d_dt_bias, &workspace})
       b->fill(poison);
     CHECK_CUDA(cudaMemset(at(layout.bytes), kCanary, kCanaryBytes));
-    dv = upload_as(d_u, true);  // whose place the gradient takes
+    dv = upload_as(d_r, true);
     params.dv = dv.data();
     auto copy = [&](int64_t offset, const void* from, size_t bytes, cudaMemcpyKind kind) {
       if (bytes > 0) CHECK_CUDA(cudaMemcpy(at(offset), from, bytes, kind));
@@ -147,8 +128,7 @@ struct Launch {
     copy(layout.states, states.data(), states.size() * 2, cudaMemcpyHostToDevice);
     copy(layout.state_gradients, state_gradients.data(), state_gradients.size() * 2,
          cudaMemcpyHostToDevice);
-    copy(layout.residuals, r.data(), r.bytes(), cudaMemcpyDeviceToDevice);
-    copy(layout.forward.operands, inverse.data(), inverse.size() * 2, cudaMemcpyHostToDevice);
+    copy(layout.corrected_values, u.data(), u.bytes(), cudaMemcpyDeviceToDevice);
     auto require = [&](const Status& status) {
       if (!status.ok()) std::printf("  %s\n", status.message.c_str());
       good &= status.ok();
@@ -170,10 +150,10 @@ struct Launch {
   }
 
   bool g_bf16, beta_bf16;
-  DeviceBuffer q, k, g, beta, A_log, dt_bias, initial_state, d_final_state, segment_ids, d_o, r, dv,
+  DeviceBuffer q, k, g, beta, A_log, dt_bias, initial_state, d_final_state, segment_ids, d_o, u, dv,
       dq, dk, dg, d_beta, dA_log, d_dt_bias, workspace;
-  std::vector<float> d_u;
-  std::vector<uint16_t> states, state_gradients, inverse;
+  std::vector<float> d_r;
+  std::vector<uint16_t> states, state_gradients;
   BackwardWorkspace layout{};
   BackwardParams params{};
 };
@@ -198,17 +178,9 @@ Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t seed =
   const int64_t tokens = x.B * x.T, slots = (x.T + 63) / 64;
   fill(x.q, tokens * x.H * Call::K, gaussian);
   fill(x.k, tokens * x.H * Call::K, gaussian);
-  for (auto* rows : {&c.x.d_o, &c.x.d_u, &c.x.r}) fill(*rows, tokens * x.HV * Call::V, gaussian);
+  for (auto* rows : {&c.x.d_o, &c.x.d_r, &c.x.u}) fill(*rows, tokens * x.HV * Call::V, gaussian);
   for (auto* images : {&c.x.states, &c.x.state_gradients})
     fill(*images, x.B * x.HV * slots * Call::K * Call::V, [&] { return 0.3f * gaussian(); });
-  fill(c.x.inverse, x.B * x.HV * x.T * 64, [&] { return 0.1f * gaussian(); });
-  for (const oracle::ChunkRange& chunk : oracle::chunks_of(x))
-    for (int64_t h = 0; h < x.HV; ++h)
-      for (int64_t i = 0; i < chunk.length; ++i) {
-        float* row = &c.x.inverse[((chunk.row * x.HV + h) * x.T + chunk.start + i) * 64];
-        row[i] = 1.0f;
-        std::fill(row + i + 1, row + 64, 0.0f);
-      }
   if (regime.keys != Regime::kRandom)
     for (int64_t i = 0; i < int64_t(x.k.size()); ++i) {
       const float first = x.k[i % (x.H * Call::K)];
@@ -312,7 +284,6 @@ bool check(const Case& c) {
   const oracle::Gradients truth = oracle::gradients(c.x);
   const Call& x = c.x.call;
   const double dq = relative_rms(truth.dq, got.dq, true), dk = relative_rms(truth.dk, got.dk, true),
-               dv = relative_rms(truth.dv, got.dv, true),
                dg = relative_rms(truth.dg, got.dg, c.g_bf16),
                d_beta = relative_rms(truth.d_beta, got.d_beta, c.beta_bf16);
   const double dA = x.A_log.empty()
@@ -321,12 +292,12 @@ bool check(const Case& c) {
                d_bias = x.dt_bias.empty() ? 0.0
                                           : relative_rms(truth.d_dt_bias, got.d_dt_bias, false,
                                                          &truth.d_dt_bias_size);
-  const bool accurate = dq <= c.limit && dk <= c.limit && dv <= c.limit && dg <= c.gate_limit &&
+  const bool accurate = dq <= c.limit && dk <= c.limit && dg <= c.gate_limit &&
                         d_beta <= c.gate_limit && dA <= c.gate_limit && d_bias <= c.gate_limit;
   bool repeats = true;
   for (int i = 0; i < 3; ++i) repeats &= launch.run(i == 0 ? 0x3C : 0xFF, good) == got;
-  std::printf("%-40s dq %.1e dk %.1e dv %.1e dg %.1e d_beta %.1e dA_log %.1e d_dt_bias %.1e%s%s%s\n",
-              c.name.c_str(), dq, dk, dv, dg, d_beta, dA, d_bias, accurate ? "" : "  INACCURATE",
+  std::printf("%-40s dq %.1e dk %.1e dg %.1e d_beta %.1e dA_log %.1e d_dt_bias %.1e%s%s%s\n",
+              c.name.c_str(), dq, dk, dg, d_beta, dA, d_bias, accurate ? "" : "  INACCURATE",
               repeats ? "" : "  NOT REPEATABLE", good ? "" : "  FAILED");
   std::fflush(stdout);
   return good && accurate && repeats;
@@ -415,13 +386,11 @@ bool check_isolation() {
   const int64_t heads = x.HV * 128, slots = (x.T + 63) / 64;
   const std::pair<int64_t, int64_t> ranges[] = {{70, 170}, {170, 190}};
   for (const auto& [low, high] : ranges) {
-    for (auto* rows : {&x.q, &x.k, &x.g, &c.x.d_o, &c.x.d_u, &c.x.r})
+    for (auto* rows : {&x.q, &x.k, &x.g, &c.x.d_o, &c.x.d_r, &c.x.u})
       set_nan(*rows, low * heads, high * heads);
     set_nan(x.beta, low * x.HV, high * x.HV);
   }
   for (int64_t h = 0; h < x.HV; ++h) {
-    for (const auto& [low, high] : ranges)
-      set_nan(c.x.inverse, (h * x.T + low) * 64, (h * x.T + high) * 64);
     // The one boundary inside the second segment is at token 134, and slot 0 is nobody's.
     for (auto* images : {&c.x.states, &c.x.state_gradients})
       for (int64_t slot : {int64_t{2}, int64_t{0}})
@@ -454,7 +423,7 @@ bool check_isolation() {
 bool check_doubling(Regime::Gates gates) {
   const Case once = with_states(make_case("", shape(1, 200, 1, 2), {Regime::kRandom, gates}));
   Case twice = once;
-  for (auto* x : {&twice.x.d_o, &twice.x.d_u, &twice.x.state_gradients, &twice.x.d_final_state})
+  for (auto* x : {&twice.x.d_o, &twice.x.d_r, &twice.x.state_gradients, &twice.x.d_final_state})
     for (float& value : *x) value *= 2.0f;
   bool good = true, same = true;
   const Results a = Launch(once).run(0xFF, good), b = Launch(twice).run(0xFF, good);

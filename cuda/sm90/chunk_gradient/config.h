@@ -62,8 +62,6 @@ struct Scratch {
 
 // The two warps of the same channels meet at barriers kPairBarrier + channel warp.
 inline constexpr int kPairBarrier = 1;
-// A warpgroup's four warps, which share 32 columns of V, at kColumnsBarrier + warpgroup.
-inline constexpr int kColumnsBarrier = kPairBarrier + Config::kChannelWarps;
 
 template <DType kGateType>
 struct Shared {
@@ -72,9 +70,8 @@ struct Shared {
     uint8_t state[kBoundaryBytes];           // S at the chunk's start
     uint8_t state_gradient[kBoundaryBytes];  // dS' at its end
     uint8_t d_o[2][Config::kHalfTile];       // columns of V 0 .. 63, 64 .. 127
-    uint8_t d_v[2][Config::kHalfTile];       // at first dU
-    uint8_t u[2][Config::kHalfTile];         // at first R
-    uint8_t inverse[Config::kHalfTile];      // (I + A_kk)^-1
+    uint8_t d_r[2][Config::kHalfTile];
+    uint8_t u[2][Config::kHalfTile];
   };
   union {
     alignas(1024) Values values;
@@ -95,8 +92,8 @@ struct Shared {
   float dt_bias[Config::kHeadDim];  // of the item's row and the CTA's head
   float amplitude;                  // exp(A_log)
   alignas(16) float d_A_qk_diagonal[kChunk];
-  float beta[kChunk];
-  float d_r_times_u[4][kChunk];  // <dR_i, U_i> over 32 columns of V
+  float d_r_times_u[kChunk];     // <dR_i, U_i>
+  uint32_t without_beta[2];      // a bit for each token of each half that writes nothing
   float A_sums[Config::kWarps];  // of d log decay / d A_log, over a warp's channels
   uint64_t boundaries_full;      // both boundary images have arrived
 };

@@ -143,7 +143,7 @@ __device__ __forceinline__ CallerStates find_caller_states(const BackwardParams&
           item.last && d_final != nullptr ? d_final + at : nullptr};
 }
 
-// What the products with V read: both boundaries, dO, dU, R and the inverse. Nobody reads the last chunk's any
+// What the products with V read: both boundaries, dO, dR, U. Nobody reads the last chunk's any
 // more.
 template <class Shared>
 __device__ __forceinline__ void load_values(Shared& s, const BackwardParams& b,
@@ -175,34 +175,12 @@ __device__ __forceinline__ void load_values(Shared& s, const BackwardParams& b,
   load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(b.d_o) + at, stride, length,
                                 values(s.values.d_o));
   load_tile<Config::kRowPieces>(static_cast<const uint8_t*>(b.dv) + at, stride, length,
-                                values(s.values.d_v));
-  load_tile<Config::kRowPieces>(workspace + w.residuals + at, stride, length,
+                                values(s.values.d_r));
+  load_tile<Config::kRowPieces>(workspace + w.corrected_values + at, stride, length,
                                 values(s.values.u));
-  // The inverse's rows are swizzled already: 8 pieces each, one a thread.
-  static_assert(Config::kThreads == kChunk * kTileRowBytes / 16);
-  const uint8_t* inverse =
-      workspace + w.forward.operands +
-      ((int64_t{item.row} * shape.HV + head) * shape.T + item.start) * kOperandBytes +
-      kTileAkkInv * length * kTileRowBytes;
-  const int piece = 16 * static_cast<int>(threadIdx.x);
-  const bool exists = piece < length * kTileRowBytes;
-  async_load_16(&s.values.inverse[piece], inverse + (exists ? piece : 0), exists);
   const CallerStates states = find_caller_states(b, item, head);
   if (item.first) fill_boundary(s.values.state, states.initial);
   if (item.last) fill_boundary(s.values.state_gradient, states.d_final);
-}
-
-// dv, of which dU held the place in memory.
-template <class Shared>
-__device__ __forceinline__ void store_value_gradients(const Shared& s, const BackwardParams& b,
-                                                      const Item& item, int64_t head) {
-  const ForwardShape& shape = b.forward.shape;
-  store_tile<Config::kRowPieces>(
-      static_cast<uint8_t*>(b.dv) +
-          (item.token(shape) * shape.HV + head) * Config::kRowBytes,
-      shape.HV * Config::kRowBytes, item.length, [&](int row, int piece) {
-        return &s.values.d_v[piece / 8][swizzle128(row, piece % 8)];
-      });
 }
 
 // The query/key head of a value head.

@@ -2,10 +2,9 @@
 // sum of the log decay inside the chunk, S the state at its start and dS' the state's gradient at
 // its end:
 //
-//   U = (I + A_kk)^-1 R      dR = (I + A_kk)^-T dU      dV = Diag(beta) dR
-//   dq_d = scale dO S^T      dk_d = -dV S^T      dk_r = U dS'^T
-//   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dV U^T)
-//   d_beta_i = <dR_i, U_i> / beta_i
+//   dq_d = scale dO S^T      dk_d = -dR S^T      dk_r = U dS'^T
+//   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)
+//   d_beta_i = <dR_i, U_i> / beta_i^2 (dR here is dV)
 //   dqn_i = exp(G_i) dq_d_i + sum over j <= i of dA_qk[i, j] exp(G_i - G_j) kn_j
 //   dkn_i = exp(G_i) dk_d_i + sum over j < i of dL[i, j] exp(G_i - G_j) kn_j         as a row
 //         + exp(G_C - G_i) dk_r_i + sum over later rows of exp(..) (dA_qk qn + dL kn)  as a column
@@ -24,8 +23,8 @@
 // tensor cores from shared memory; it holds factors and decays behind them, then the next chunk's
 // operands are loaded.
 //
-// Read: q, k, g, beta, dO, dU (in the place of dv), R, the inverse, boundary images. Written: dq, dk,
-// dv, dg, d_beta, the partial sums, zeros for padding. Rows behind the chunk's end are never read: they count as zeros.
+// Read: q, k, g, beta, dO, dR (which is dv), U, boundary images. Written: dq, dk, dg, d_beta, the
+// partial sums, zeros for padding. Rows behind the chunk's end are never read: they count as zeros.
 #pragma once
 
 #include "sm90/chunk_gradient/outputs.cuh"
@@ -67,14 +66,14 @@ __device__ __forceinline__ void multiply_values(Sums& sums, Shared& s, float sca
   wgmma_fence();
   const bool upper_channels = warpgroup & 1;
   const uint64_t tokens = (warpgroup >> 1) * 256;  // 32 rows of 128 bytes
-  product_over_values<false>(scores, operand(upper_channels ? s.values.d_v : s.values.d_o),
+  product_over_values<false>(scores, operand(upper_channels ? s.values.d_r : s.values.d_o),
                              operand(s.values.u) + tokens);
   wgmma_commit();
   const int channels = upper_channels ? static_cast<int>(kBoundaryBytes) / 2 : 0;
   product_over_values<true>(sums.q_row, operand(s.values.state + channels),
                             operand(s.values.d_o) + tokens);
   product_over_values<true>(sums.k_row, operand(s.values.state + channels),
-                            operand(s.values.d_v) + tokens);
+                            operand(s.values.d_r) + tokens);
   product_over_values<true>(sums.k_column, operand(s.values.state_gradient + channels),
                             operand(s.values.u) + tokens);
   wgmma_commit();
@@ -146,6 +145,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   Shared<kGateType>& s = *reinterpret_cast<Shared<kGateType>*>(
       shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
   const ForwardParams& p = b.forward;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128,
+                                    0);  // tells the compiler that warps do not diverge on it
   const int head = static_cast<int>(blockIdx.x % static_cast<uint32_t>(p.shape.HV));
   Items items(p, w.forward);
   // The CTA's partials: rows it meets no chunk of keep zeros.
@@ -163,7 +164,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();  // zeros and the barrier, before anybody uses them
 
   auto clear = [&](const Item& padding) { clear_gradients(b, w, padding, head); };
-  uint32_t next_beta = 0;  // of the thread's token in the next item, if it exists
   // The next item, its values on their way; all threads find the same one.
   auto start_next = [&](Item& next) {
     Item found = items.next(ctas_per_head, clear);
@@ -171,9 +171,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     found.at_caller_state = states.initial != nullptr || states.d_final != nullptr;
     if (threadIdx.x == 0) next = found;
     if (found.exists()) load_values(s, b, w, found, head);
-    const int token = static_cast<int>(threadIdx.x);
-    if (token < found.length)
-      next_beta = load_beta_word(p, (found.token(p.shape) + token) * p.shape.HV + head);
     commit_async_loads();
   };
   start_next(s.items[0]);
@@ -183,31 +180,33 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   GateSums total = {};
   for (uint32_t turn = 0; s.items[turn & 1].exists(); ++turn) {
     const Item &item = s.items[turn & 1], &next = s.items[(turn & 1) ^ 1];
+    const Place at(s);
     if (turn == 0 || next.row != item.row)  // the other place still holds the item before
       load_head_scalars(s, p, item.row, head);
     const int token = static_cast<int>(threadIdx.x);
-    if (token < kChunk) s.beta[token] = token < item.length ? beta_from_word(p, next_beta) : 0.0f;
-    wait_for_async_loads<1>();  // dO, dU, R, the inverse
+    const int64_t beta_at = (item.token(p.shape) + token) * p.shape.HV + head;
+    const uint32_t beta_word = token < item.length ? load_beta_word(p, beta_at) : 0;
+    wait_for_async_loads<1>();  // dO, dR, U
     fence_async_shared();       // they and filled boundaries, before the tensor cores read them
     mbarrier_wait(&s.boundaries_full, turn & 1);  // the boundary images have arrived
     __syncthreads();  // all threads' copies and fills, before the products
-    find_corrected_values(s, Place(s));
-    fence_async_shared();  // U and dV, before the tensor cores read them
-    __syncthreads();       // every warp's
 
-    store_value_gradients(s, b, item, head);
     if (item.at_caller_state) multiply_caller_states(s, find_caller_states(b, item, head));
-    const Place at(s);
     Sums sums;
-    multiply_values(sums, s, p.scale, find_warpgroup(), at);
+    multiply_values(sums, s, p.scale, warpgroup, at);
     wait_for_async_loads<0>();  // q, k, g
-    __syncthreads();  // all threads' copies and score gradients; the products have read the values
+    const float beta = token < item.length ? beta_from_word(p, beta_word) : 1.0f;
+    const bool without_beta = fabsf(beta) <= kSmallestBeta;
+    if (warpgroup == 0 && at.warp < 2) {
+      const uint32_t tokens = __ballot_sync(0xffffffffu, without_beta);
+      if (at.lane == 0) s.without_beta[at.warp] = tokens;
+    }
+    // All threads' copies and score gradients; the products have read the values.
+    const bool clears = __syncthreads_or(without_beta);
 
     find_norms(s, p.qk_l2norm, at);
-    if (token < item.length)
-      write_beta_gradient(b, (item.token(p.shape) + token) * p.shape.HV + head, s.beta[token],
-                          (s.d_r_times_u[0][token] + s.d_r_times_u[1][token]) +
-                              (s.d_r_times_u[2][token] + s.d_r_times_u[3][token]));
+    if (token < item.length) write_beta_gradient(b, beta_at, beta, s.d_r_times_u[token]);
+    if (clears) clear_tokens_without_beta(s, sums, b, item, head, at);
     __syncthreads();  // every warp's norms, before they are read
     find_gradients(s, sums, p, item, at);
     fence_async_shared();  // the scratch's uses, before copies take its place

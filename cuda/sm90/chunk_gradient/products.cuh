@@ -22,11 +22,6 @@ __device__ __forceinline__ int reread_thread() {
   return thread;
 }
 
-// The thread's warpgroup. The shuffle tells the compiler that warps do not diverge on it.
-__device__ __forceinline__ int find_warpgroup() {
-  return __shfl_sync(0xffffffffu, reread_thread() / 128, 0);
-}
-
 // A thread's place, and what of it addresses know.
 struct Place {
   int warp, lane;
@@ -130,72 +125,6 @@ __device__ __forceinline__ void multiply_boundaries(Shared& s, const Place& at) 
   }
 }
 
-// From what the scans left, in fp32, U = (I + A_kk)^-1 R and dR = (I + A_kk)^-T dU, of which d_beta
-// is made; then, rounded, U and dV = Diag(beta) dR in the places of R and dU. A token without beta
-// (numerics.cuh) has R for d_beta alone: its U and dV are zeros. A warp takes the 16 tokens of a
-// block and 32 columns of V, tokens as rows.
-template <class Shared>
-__device__ __forceinline__ void find_corrected_values(Shared& s, const Place& at) {
-  const int block = at.warp % 4, quarter = at.warp / 4, lane = at.lane;
-  const int row = lane & 15, next_piece = lane >> 4, first_piece = 4 * (quarter & 1);
-  const uint32_t inverse = shared_address(s.values.inverse),
-                 values = shared_address(s.values.u[quarter >> 1]),
-                 gradients = shared_address(s.values.d_v[quarter >> 1]);
-  float u[4][4] = {}, d_r[4][4] = {};
-  auto add = [&](float (&to)[4][4], const uint32_t (&a)[4], uint32_t tile, int j) {
-#pragma unroll
-    for (int n = 0; n < 4; n += 2) {
-      uint32_t b[4];
-      load_matrices_transposed(b, tile + swizzle128(16 * j + row, first_piece + n + next_piece));
-      mma_bf16(to[n], a, b[0], b[1]);
-      mma_bf16(to[n + 1], a, b[2], b[3]);
-    }
-  };
-#pragma unroll
-  for (int j = 0; j < static_cast<int>(kChunk) / 16; ++j) {
-    uint32_t a[4];
-    if (j <= block) {
-      load_matrices(a, inverse + swizzle128(16 * block + row, 2 * j + next_piece));
-      add(u, a, values, j);
-    }
-    if (j >= block) {
-      load_matrices_transposed(a, inverse + swizzle128(16 * j + (lane & 7) + 8 * next_piece,
-                                                       2 * block + ((lane >> 3) & 1)));
-      add(d_r, a, gradients, j);
-    }
-  }
-  float beta[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int token = 16 * block + (lane >> 2) + 8 * h;
-    beta[h] = s.beta[token];
-    float dot = 0.0f;
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-      dot = fmaf(u[n][2 * h], d_r[n][2 * h], fmaf(u[n][2 * h + 1], d_r[n][2 * h + 1], dot));
-    dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-    dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-    if ((lane & 3) == 0) s.d_r_times_u[quarter][token] = dot;
-  }
-  // All rows of these columns have been read, before they are overwritten.
-  named_barrier(kColumnsBarrier + quarter, 128);
-#pragma unroll
-  for (int n = 0; n < 4; n += 2) {
-    uint32_t u_pairs[4], d_v_pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int h = i & 1, group = n + (i >> 1);
-      const bool dropped = fabsf(beta[h]) <= kSmallestBeta;
-      u_pairs[i] = dropped ? 0u : pack_bf16(u[group][2 * h], u[group][2 * h + 1]);
-      d_v_pairs[i] = dropped ? 0u : pack_bf16(beta[h] * d_r[group][2 * h],
-                                              beta[h] * d_r[group][2 * h + 1]);
-    }
-    const int to = swizzle128(16 * block + row, first_piece + n + next_piece);
-    store_matrices(values + to, u_pairs);
-    store_matrices(gradients + to, d_v_pairs);
-  }
-}
-
 // Eight channels of a column of V of a boundary image.
 __device__ __forceinline__ void unpack_boundary(float (&x)[8], const uint8_t* image, int v,
                                                 int piece) {
@@ -250,13 +179,15 @@ __device__ __forceinline__ void multiply_caller_states(Shared& s, const CallerSt
 }
 
 // The gradient of the scores to shared memory, rounded, strictly lower. A warpgroup holds 32
-// columns j of dO U^T, or of dV U^T; the diagonal of A_qk is kept in fp32:
-//   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dV U^T)
+// columns j of dO U^T, or of dR U^T; their diagonals are kept in fp32:
+//   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)
 template <class Shared>
 __device__ __forceinline__ void store_score_gradients(Shared& s, const Elements& c, float scale,
                                                       bool of_q, const Place& at) {
   const float factor = of_q ? scale : -1.0f;
   uint8_t* to = of_q ? s.d_A_qk : s.d_L;
+  float* diagonal = of_q ? s.d_A_qk_diagonal : s.d_r_times_u;
+  const float diagonal_factor = of_q ? scale : 1.0f;
   const int block = at.warp % 4;  // of rows
 #pragma unroll
   for (int n = 0; n < Config::kGroups; ++n) {
@@ -268,8 +199,8 @@ __device__ __forceinline__ void store_score_gradients(Shared& s, const Elements&
       const float x0 = c[n][2 * h], x1 = c[n][2 * h + 1];
       *reinterpret_cast<uint32_t*>(to + swizzle128(i, group) + 4 * (at.lane & 3)) =
           pack_bf16(i > j ? factor * x0 : 0.0f, i > j + 1 ? factor * x1 : 0.0f);
-      if (of_q && i == j) s.d_A_qk_diagonal[i] = scale * x0;
-      if (of_q && i == j + 1) s.d_A_qk_diagonal[i] = scale * x1;
+      if (i == j) diagonal[i] = diagonal_factor * x0;
+      if (i == j + 1) diagonal[i] = diagonal_factor * x1;
     }
   }
 }

@@ -1,8 +1,7 @@
 // The two serial parts of the backward. Forwards, the recurrence over chunks once more without its
 // output, for what the gradients are made of:
 //
-//   R = Diag(beta) (V - (k exp(G)) S)
-//   U = (I + A_kk)^-1 R
+//   U = (I + A_kk)^-1 Diag(beta) (V - (k exp(G)) S)
 //   S <- Diag(exp(G_C)) S + (k exp(G_C - G))^T U
 //
 // and backwards, with dS the gradient of the state behind the chunk, then of that ahead of it:
@@ -17,8 +16,8 @@
 // becomes a register operand where it is.
 //
 // Read: the workspace's operands, v or d_o [B, T, HV, V], initial_state or d_final_state. Written:
-// S or dS at each boundary between two chunks, as bf16 images; R; dU, in the place of dv
-// [B, T, HV, V]; d_initial_state.
+// S or dS at each boundary between two chunks, as bf16 images; U; dv [B, T, HV, V],
+// d_initial_state.
 #pragma once
 
 #include "sm90/chunk_state_gradient/config.h"
@@ -51,17 +50,18 @@ __device__ __forceinline__ void store_boundary(const uint32_t (&a)[32], Boundary
   }
 }
 
-// Where beta is zero, R is on the scale of the beta that was taken instead, for d_beta: nothing of
-// it reaches the state.
-__device__ __forceinline__ void drop_tokens_without_beta(uint32_t (&u)[16], const float* beta,
-                                                         const Place& at) {
+// U as it reaches the state: where beta is zero, U is kept for d_beta alone, on the scale of the
+// beta that was taken instead.
+__device__ __forceinline__ void drop_tokens_without_beta(uint32_t (&written)[16],
+                                                         const uint32_t (&u)[16],
+                                                         const float* beta, const Place& at) {
 #pragma unroll
   for (int group = 0; group < 8; ++group) {
     const float2 b = load_betas(beta, group, at);
     const uint32_t kept = (fabsf(b.x) <= kSmallestBeta ? 0u : 0x0000ffffu) |
                           (fabsf(b.y) <= kSmallestBeta ? 0u : 0xffff0000u);
-    u[2 * group] &= kept;
-    u[2 * group + 1] &= kept;
+    written[2 * group] = u[2 * group] & kept;
+    written[2 * group + 1] = u[2 * group + 1] & kept;
   }
 }
 
@@ -106,16 +106,17 @@ struct StateWarps {
     wgmma_wait<0>();
     fence_registers(u);
 
-    uint32_t u_operand[16];
+    uint32_t u_operand[16], written[16];
     pack_operand(u_operand, u);
-    drop_tokens_without_beta(u_operand, stage.beta, at);
+    drop_tokens_without_beta(written, u_operand, stage.beta, at);
     fence_registers(state);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      product_transposed(state, u_operand, i, operand<kTileKRestored, Config>(stage, 8192), true);
+      product_transposed(state, written, i, operand<kTileKRestored, Config>(stage, 8192), true);
     wgmma_commit();
-    store_rows(r, stage.rows[at.tile], workspace + w.residuals, p.forward.shape, header, at);
+    store_rows(u_operand, stage.rows[at.tile], workspace + w.corrected_values, p.forward.shape,
+               header, at);
     wgmma_wait<0>();
     fence_registers(state);
     __syncwarp();
@@ -179,20 +180,22 @@ struct StateGradientWarps {
     wgmma_wait<1>();
     fence_registers(dv);
 
-    uint32_t minus_dv[16];
+    uint32_t dv_operand[16], minus_dv[16];
 #pragma unroll
     for (int group = 0; group < 8; ++group) {
       const float2 b = load_betas(stage.beta, group, at);
-      minus_dv[2 * group] = pack_bf16(-b.x * dv[4 * group], -b.y * dv[4 * group + 1]);
-      minus_dv[2 * group + 1] = pack_bf16(-b.x * dv[4 * group + 2], -b.y * dv[4 * group + 3]);
+      dv_operand[2 * group] = pack_bf16(b.x * dv[4 * group], b.y * dv[4 * group + 1]);
+      dv_operand[2 * group + 1] = pack_bf16(b.x * dv[4 * group + 2], b.y * dv[4 * group + 3]);
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) minus_dv[i] = dv_operand[i] ^ 0x80008000u;
     fence_registers(state);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       product_transposed(state, minus_dv, i, operand<kTileKDecayed, Config>(stage, 8192), true);
     wgmma_commit();
-    store_rows(du, stage.rows[at.tile], p.dv, p.forward.shape, header, at);
+    store_rows(dv_operand, stage.rows[at.tile], p.dv, p.forward.shape, header, at);
     wgmma_wait<0>();
     fence_registers(state);
     fence_registers(read_out);

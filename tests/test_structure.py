@@ -16,6 +16,7 @@ FLOORS = {
     "reference": 0,
     "_extension": 0,
     "_packing": 0,
+    "_tensor_files": 0,
     "_segments": 0,
     "_problem": 0,
     "_chunked": 1,
@@ -25,6 +26,7 @@ FLOORS = {
     "_kda": 4,
     "_short_conv": 4,
     "_layer": 5,
+    "checkpoints": 6,
 }
 
 

@@ -7,7 +7,8 @@ import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-NEEDS = {"checkpoints": ["flax", "safetensors"]}
+EXAMPLES = DOCS.parent / "examples"
+NEEDS = {"checkpoints": ["flax", "safetensors"], "kimi_linear": ["flax", "safetensors"]}
 
 
 def snippets(page):
@@ -19,6 +20,7 @@ def test_snippets(page, tmp_path, monkeypatch):
     for module in NEEDS.get(page.stem, []):
         pytest.importorskip(module, reason=f"docs/{page.name} needs {module}")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
     names = {}
     for snippet in snippets(page):
         exec(compile(snippet, page.name, "exec"), names)

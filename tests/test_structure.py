@@ -19,6 +19,7 @@ FLOORS = {
     "_tensor_files": 0,
     "_segments": 0,
     "_problem": 0,
+    "_packing_stream": 1,
     "_chunked": 1,
     "_support": 1,
     "_primitives": 2,

@@ -16,8 +16,10 @@ FLOORS = {
     "reference": 0,
     "_extension": 0,
     "_packing": 0,
+    "_tensor_files": 0,
     "_segments": 0,
     "_problem": 0,
+    "_packing_stream": 1,
     "_chunked": 1,
     "_support": 1,
     "_primitives": 2,
@@ -25,6 +27,7 @@ FLOORS = {
     "_kda": 4,
     "_short_conv": 4,
     "_layer": 5,
+    "checkpoints": 6,
 }
 
 

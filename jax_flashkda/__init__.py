@@ -11,6 +11,7 @@ from ._packing import lengths_to_segment_ids as lengths_to_segment_ids
 from ._packing import pack_documents as pack_documents
 from ._packing import segment_ids_to_cu_seqlens as segment_ids_to_cu_seqlens
 from ._packing import segment_ids_to_lengths as segment_ids_to_lengths
+from ._packing_stream import PackedStream as PackedStream
 from ._primitives import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 from ._short_conv import short_conv as short_conv
 from ._short_conv import short_conv_state as short_conv_state

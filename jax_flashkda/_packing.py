@@ -53,44 +53,55 @@ def pack_documents(
 
     **Returns** `PackedDocuments`; with B = 0 rows if there are no tokens. The integer type is
     int32, or int64 where a token needs it."""
-    seq_len = _positive_int("seq_len", seq_len)
+    seq_len = positive_int("seq_len", seq_len)
     if long_documents not in ("split", "error"):
         raise ValueError(f"long_documents must be 'split' or 'error', got {long_documents!r}")
     padding_token = operator.index(padding_token)
-    documents = _checked_documents(documents)
+    documents = checked_documents(documents)
     if long_documents == "error":
-        _refuse_long(documents, seq_len)
+        refuse_long(documents, seq_len)
 
-    # A piece is (document, start, stop); the stable sort keeps the input order among equals.
-    pieces = [
-        (document, start, min(start + seq_len, len(document)))
-        for document in documents
-        for start in range(0, len(document), seq_len)
-    ]
+    pieces = [piece for document in documents for piece in pieces_of(document, seq_len)]
+    # The stable sort keeps the input order among equals.
     pieces.sort(key=lambda piece: piece[1] - piece[2])
     rows = _best_fit([stop - start for _, start, stop in pieces], seq_len)
 
     dtype = np.result_type(
         np.int32, np.min_scalar_type(padding_token), *{d.dtype for d in documents}
     )
-    shape = (max(rows, default=-1) + 1, seq_len)
+    pieces_of_rows = [[] for _ in range(max(rows, default=-1) + 1)]
+    for piece, row in zip(pieces, rows, strict=True):
+        pieces_of_rows[row].append(piece)
+    return rows_of_pieces(pieces_of_rows, seq_len, dtype, padding_token)
+
+
+def pieces_of(document, seq_len):
+    """(document, start, stop) of the pieces that fit a row."""
+    return [
+        (document, start, min(start + seq_len, len(document)))
+        for start in range(0, len(document), seq_len)
+    ]
+
+
+def rows_of_pieces(pieces_of_rows, seq_len, dtype, padding_token):
+    """`PackedDocuments` of rows, each a list of pieces (document, start, stop)."""
+    shape = (len(pieces_of_rows), seq_len)
     packed = PackedDocuments(
         tokens=np.full(shape, padding_token, dtype),
         targets=np.full(shape, padding_token, dtype),
         loss_mask=np.zeros(shape, bool),
         segment_ids=np.zeros(shape, np.int32),
     )
-    filled = np.zeros(shape[0], np.int64)
-    segments = np.zeros(shape[0], np.int32)
-    for (document, start, stop), row in zip(pieces, rows, strict=True):
-        begin, end = filled[row], filled[row] + stop - start
-        following = document[start + 1 : stop + 1]
-        segments[row] += 1
-        packed.tokens[row, begin:end] = document[start:stop]
-        packed.targets[row, begin : begin + len(following)] = following
-        packed.loss_mask[row, begin : begin + len(following)] = True
-        packed.segment_ids[row, begin:end] = segments[row]
-        filled[row] = end
+    for row, pieces in enumerate(pieces_of_rows):
+        begin = 0
+        for segment, (document, start, stop) in enumerate(pieces, start=1):
+            end = begin + stop - start
+            following = document[start + 1 : stop + 1]
+            packed.tokens[row, begin:end] = document[start:stop]
+            packed.targets[row, begin : begin + len(following)] = following
+            packed.loss_mask[row, begin : begin + len(following)] = True
+            packed.segment_ids[row, begin:end] = segment
+            begin = end
     return packed
 
 
@@ -117,9 +128,10 @@ def _best_fit(lengths, capacity):
     return placement
 
 
-def _checked_documents(documents):
+def checked_documents(documents, first=0):
+    """The documents as arrays, without empty ones; messages count them from `first`."""
     checked, problems = [], []
-    for index, document in enumerate(documents):
+    for index, document in enumerate(documents, start=first):
         array = np.asarray(document)
         if array.size == 0 and array.ndim == 1:
             continue
@@ -137,7 +149,7 @@ def _checked_documents(documents):
     return checked
 
 
-def _refuse_long(documents, seq_len):
+def refuse_long(documents, seq_len):
     longest = max((len(document) for document in documents), default=0)
     if longest > seq_len:
         count = sum(len(document) > seq_len for document in documents)
@@ -158,7 +170,7 @@ def lengths_to_segment_ids(lengths, seq_len: int):
 
     **Returns** int32 [..., T]; 0 behind the last segment. Lengths that sum to more than `seq_len`
     are refused where their values are known; inside `jit` what lies beyond the row is cut off."""
-    seq_len = _positive_int("seq_len", seq_len, minimum=0)
+    seq_len = positive_int("seq_len", seq_len, minimum=0)
     lengths = _integers("lengths", lengths)
     known = _known(lengths)
     if known is not None:
@@ -185,7 +197,7 @@ def cu_seqlens_to_segment_ids(cu_seqlens, seq_len: int):
 
     **Returns** int32 [..., T]; id n + 1 for segment n, 0 behind the last one. Add a batch axis to
     a single row before handing it to the op: `ids[None]`."""
-    seq_len = _positive_int("seq_len", seq_len, minimum=0)
+    seq_len = positive_int("seq_len", seq_len, minimum=0)
     cu_seqlens = _integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.shape[-1] == 0:
         raise ValueError("cu_seqlens must hold N + 1 offsets, the first of them 0, got none")
@@ -248,7 +260,7 @@ def segment_ids_to_lengths(
                 "max_segments must be given inside jit: the shape of the result depends on it"
             )
         max_segments = most
-    max_segments = _positive_int("max_segments", max_segments, minimum=0)
+    max_segments = positive_int("max_segments", max_segments, minimum=0)
     if most is not None and most > max_segments:
         raise ValueError(f"a row has {most} segments, more than max_segments={max_segments}")
 
@@ -277,7 +289,7 @@ def segment_ids_to_cu_seqlens(
     return jnp.concatenate([zero, jnp.cumsum(lengths, axis=-1, dtype=jnp.int32)], axis=-1)
 
 
-def _positive_int(name, value, minimum=1):
+def positive_int(name, value, minimum=1):
     try:
         value = operator.index(value)
     except TypeError:

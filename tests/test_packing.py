@@ -1,6 +1,7 @@
 """The packer loses nothing and wastes little; the converters agree with loops over Python lists."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax_flashkda._packing import (
     segment_ids_to_cu_seqlens,
     segment_ids_to_lengths,
 )
+from jax_flashkda._packing_stream import PackedStream
 
 documents_strategy = st.lists(st.lists(st.integers(-3, 300), max_size=40), max_size=25)
 
@@ -240,3 +242,106 @@ def test_converters_work_in_jit_with_static_bounds():
 def test_converters_refuse(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# Streams.
+
+
+def stream_of(documents, seq_len=16, batch_size=3, **options):
+    return PackedStream(iter(documents), seq_len, batch_size, padding_token=-7, **options)
+
+
+@settings(deadline=None)
+@given(documents_strategy, st.integers(1, 50), st.integers(1, 4), st.integers(1, 5))
+def test_a_stream_holds_what_packing_at_once_holds(documents, seq_len, batch_size, open_rows):
+    batches = list(stream_of(documents, seq_len, batch_size, open_rows=open_rows))
+    pieces = [piece for batch in batches for piece in unpack(batch)]
+    assert sorted(pieces) == sorted(unpack(pack_documents(documents, seq_len, padding_token=-7)))
+    for number, batch in enumerate(batches):
+        assert {array.shape for array in batch} == {(batch_size, seq_len)}
+        assert [array.dtype for array in batch] == [np.int32, np.int32, bool, np.int32]
+        padding = batch.segment_ids == 0
+        assert (batch.tokens[padding] == -7).all() and not batch.loss_mask[padding].any()
+        assert (batch.targets[~batch.loss_mask] == -7).all()
+        if number + 1 < len(batches):
+            assert (batch.segment_ids[:, 0] == 1).all()  # rows of padding alone: at the end
+
+    whole = list(
+        stream_of(documents, seq_len, batch_size, open_rows=open_rows, drop_remainder=True)
+    )
+    full = [batch for batch in batches if (batch.segment_ids[:, 0] == 1).all()]
+    assert len(whole) == len(full)
+    for batch, expected in zip(whole, full, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, batch, expected)
+
+
+def test_a_stream_reads_no_further_than_its_open_rows_need():
+    drawn = []
+
+    def endless():
+        for number in itertools.count():
+            drawn.append(number)
+            yield np.full(1 + number % 13, number, np.uint16)
+
+    next(stream_of(endless(), seq_len=16, batch_size=3, open_rows=4))
+    assert sum(1 + number % 13 for number in drawn) <= (3 + 5) * 16
+
+
+def test_a_stream_wastes_little():
+    lengths = np.random.default_rng(0).lognormal(5.0, 1.5, 3000).astype(int) + 1
+    documents = [np.ones(n, np.uint8) for n in lengths]
+    waste = {}
+    for open_rows in (1, 16, 64):
+        batches = PackedStream(documents, 1024, 8, open_rows=open_rows, drop_remainder=True)
+        waste[open_rows] = np.mean([batch.segment_ids == 0 for batch in batches])
+    assert waste[64] <= waste[16] < 0.01 < waste[1]
+
+
+def test_a_stream_goes_on_from_its_state():
+    documents = [list(range(1, 2 + 7 * n % 40)) for n in range(60)]
+    whole = list(stream_of(documents, open_rows=4))
+    stream = stream_of(documents, open_rows=4)
+    for stop in range(len(whole)):
+        state = json.loads(json.dumps(stream.get_state()))
+        resumed = stream_of(documents[state["read"] :], open_rows=4)
+        resumed.set_state(state)
+        rest = list(resumed)
+        assert len(rest) == len(whole) - stop
+        jax.tree.map(np.testing.assert_array_equal, rest, whole[stop:])
+        next(stream)
+
+
+def test_a_stream_of_a_grain_data_set():
+    grain = pytest.importorskip("grain", reason="the package itself does not need grain")
+    documents = [np.full(1 + 7 * n % 40, n, np.int32) for n in range(60)]
+    data = grain.MapDataset.source(documents).shuffle(seed=0).to_iter_dataset()
+    reader = iter(data)
+    stream = stream_of(reader)
+    next(stream)
+    read, packed = reader.get_state(), stream.get_state()
+    expected = list(stream)
+
+    reader = iter(data)
+    reader.set_state(read)
+    stream = stream_of(reader)
+    stream.set_state(packed)
+    rest = list(stream)
+    assert len(rest) == len(expected) > 10
+    jax.tree.map(np.testing.assert_array_equal, rest, expected)
+
+
+@pytest.mark.parametrize(
+    "documents, options, message",
+    [
+        ([[1]], dict(seq_len=0), "seq_len must be at least 1, got 0"),
+        ([[1]], dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        ([[1]], dict(open_rows=0), "open_rows must be at least 1, got 0"),
+        ([[1]], dict(long_documents="cut"), "must be 'split' or 'error', got 'cut'"),
+        ([[1], [1] * 17], dict(long_documents="error"), "longer than seq_len=16"),
+        ([[1], [0.5]], {}, r"documents\[1\] has shape \(1,\) and type float64"),
+        ([[1], [2**31]], {}, r"documents\[1\] does not fit int32: .* from 2147483648 to"),
+    ],
+)
+def test_a_stream_refuses(documents, options, message):
+    with pytest.raises(ValueError, match=message):
+        list(stream_of(documents, **options))

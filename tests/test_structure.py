@@ -16,8 +16,10 @@ FLOORS = {
     "reference": 0,
     "_extension": 0,
     "_packing": 0,
+    "_tensor_files": 0,
     "_segments": 0,
     "_problem": 0,
+    "_packing_stream": 1,
     "_validation": 0,
     "_chunked": 1,
     "_support": 1,
@@ -28,6 +30,7 @@ FLOORS = {
     "_step": 5,
     "_short_conv": 5,
     "_layer": 6,
+    "checkpoints": 7,
 }
 
 

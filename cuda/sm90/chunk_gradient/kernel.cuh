@@ -145,8 +145,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   Shared<kGateType>& s = *reinterpret_cast<Shared<kGateType>*>(
       shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
   const ForwardParams& p = b.forward;
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128,
-                                    0);  // tells the compiler that warps do not diverge on it
   const int head = static_cast<int>(blockIdx.x % static_cast<uint32_t>(p.shape.HV));
   Items items(p, w.forward);
   // The CTA's partials: rows it meets no chunk of keep zeros.
@@ -193,11 +191,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     if (item.at_caller_state) multiply_caller_states(s, find_caller_states(b, item, head));
     Sums sums;
-    multiply_values(sums, s, p.scale, warpgroup, at);
+    multiply_values(sums, s, p.scale, find_warpgroup(), at);
     wait_for_async_loads<0>();  // q, k, g
     const float beta = token < item.length ? beta_from_word(p, beta_word) : 1.0f;
     const bool without_beta = fabsf(beta) <= kSmallestBeta;
-    if (warpgroup == 0 && at.warp < 2) {
+    if (at.warp < 2) {
       const uint32_t tokens = __ballot_sync(0xffffffffu, without_beta);
       if (at.lane == 0) s.without_beta[at.warp] = tokens;
     }

@@ -22,6 +22,12 @@ __device__ __forceinline__ int reread_thread() {
   return thread;
 }
 
+// The thread's warpgroup, found anew likewise. The shuffle tells the compiler that warps do not
+// diverge on it.
+__device__ __forceinline__ int find_warpgroup() {
+  return __shfl_sync(0xffffffffu, reread_thread() / 128, 0);
+}
+
 // A thread's place, and what of it addresses know.
 struct Place {
   int warp, lane;

@@ -252,3 +252,23 @@ def test_refusals():
         layer.step(normal(1, HIDDEN), layer.init_cache(1))
     with pytest.raises(ValueError, match="1 to 8 are accepted"):
         layer.step(normal(1, 9, HIDDEN), layer.init_cache(1))
+
+
+@pytest.mark.gpu
+def test_the_kernels_decode():
+    """Prefill and steps on the kernels, against the full forward on them."""
+    layer = KimiDeltaAttention(
+        256, 2, 128, dtype=jnp.bfloat16, implementation="cuda", rngs=nnx.Rngs(0)
+    )
+    sequences = [normal(n + MORE, 256, seed=i).astype(jnp.bfloat16) for i, n in enumerate(LENGTHS)]
+    x, ids = packed(sequences, LENGTHS, 128)
+    y, cache = prefill(layer, x, segment_ids=ids, max_segments=4)
+    got = []
+    for t in range(MORE):
+        x = jnp.stack([s[n + t][None] for s, n in zip(sequences, LENGTHS, strict=True)])
+        y, cache = step(layer, x, cache)
+        got.append(y)
+    got = np.asarray(jnp.concatenate(got, axis=1), np.float32)
+    for i, (sequence, length) in enumerate(zip(sequences, LENGTHS, strict=True)):
+        whole = np.asarray(layer(sequence[None])[0, length:], np.float32)
+        assert np.linalg.norm(got[i] - whole) < 0.02 * np.linalg.norm(whole)

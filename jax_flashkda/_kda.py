@@ -146,9 +146,14 @@ def supported(q, k, v, g, beta, *, compute_capability: str | None = None, **opti
     **Raises** ValueError or TypeError for a call that no implementation accepts.
     """
     problem, operands = _resolve(q, k, v, g, beta, **options)
+    shapes = {name: x.shape for name, x in operands.items()}
+    for name in {"A_log", "dt_bias"} & shapes.keys():  # a row for each batch row, as in the op
+        shapes[name] = (k.shape[0], *shapes[name])
+    if "initial_state" in shapes and "segment_ids" not in shapes:
+        B, *state = shapes["initial_state"]
+        shapes["initial_state"] = (B, 1, *state)
     avals = [
-        jax.ShapeDtypeStruct(operands[name].shape, operands[name].dtype)
-        for name in problem.operand_names
+        jax.ShapeDtypeStruct(shapes[name], operands[name].dtype) for name in problem.operand_names
     ]
     return "; ".join(_support.unsupported_reasons(problem, avals, compute_capability)) or None
 

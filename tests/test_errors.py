@@ -294,3 +294,26 @@ def test_the_next_call_works_after_an_error():
     with pytest.raises(ValueError):
         kimi_delta_attention(**arguments(gate="none"))
     assert np.isfinite(kimi_delta_attention(**arguments())).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_supported_takes_every_operand(packed):
+    """Gate parameters and states too, which get a row for each batch row inside the op."""
+    extension()
+    bf16 = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+    ids = dict(segment_ids=jnp.ones((B, T), jnp.int32)) if packed else {}
+    reason = supported(
+        bf16(B, T, H, 128),
+        bf16(B, T, H, 128),
+        bf16(B, T, HV, 128),
+        bf16(B, T, HV, 128),
+        bf16(B, T, HV),
+        gate="softplus",
+        A_log=f(HV),
+        dt_bias=f(HV, 128),
+        initial_state=f(B, N, HV, 128, 128) if packed else f(B, HV, 128, 128),
+        return_final_state=True,
+        compute_capability="9.0",
+        **ids,
+    )
+    assert reason is None

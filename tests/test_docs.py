@@ -8,7 +8,11 @@ import pytest
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 EXAMPLES = DOCS.parent / "examples"
-NEEDS = {"checkpoints": ["flax", "safetensors"], "kimi_linear": ["flax", "safetensors"]}
+NEEDS = {
+    "checkpoints": ["flax", "safetensors"],
+    "kimi_linear": ["flax", "safetensors"],
+    "training_at_scale": ["flax"],
+}
 
 
 def snippets(page):

@@ -3,6 +3,7 @@
     python benchmarks/run.py                    everything; writes results/h200.json, prints a table
     python benchmarks/run.py --no-tests         times alone (the record says that no tests ran)
     python benchmarks/run.py --only fix8k_h96   some shapes; prints, records nothing
+    python benchmarks/run.py --only-steps       the decode step; prints, records nothing
     python benchmarks/run.py --table            the table of the record
     python benchmarks/run.py --check            exit status 1 unless the record is of these sources
 
@@ -48,6 +49,16 @@ SHAPES = {
     "seg256x32_h32": (1, 8192, 32, 32, [32] * 256),
 }
 TRAINING_SHAPES = (*list(SHAPES)[:8], "t2k_h96")
+# The decode step: (sequences, heads, tokens).
+STEPS = {
+    "n1_h32": (1, 32, 1),
+    "n8_h32": (8, 32, 1),
+    "n64_h32": (64, 32, 1),
+    "n256_h32": (256, 32, 1),
+    "n64_h96": (64, 96, 1),
+    "n64_h32_t4": (64, 32, 4),
+}
+STATE_DTYPES = ("float32", "bfloat16")
 D = 128
 GATES = ("bounded fast", "bounded slow", "softplus fast", "softplus slow")
 TRAINING_GATES = ("bounded fast", "bounded slow", "softplus slow")
@@ -211,9 +222,7 @@ def time_training(shape, gate) -> tuple[float, float]:
         arrays, d_o = inputs
         ids = {"segment_ids": arrays["segment_ids"]} if "segment_ids" in arrays else {}
         floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
-        attend = lambda floats: jax_flashkda.kimi_delta_attention(
-            **floats, **ids, **options, backward_implementation="cuda"
-        )
+        attend = lambda floats: jax_flashkda.kimi_delta_attention(**floats, **ids, **options)
         o, vjp = jax.vjp(attend, floats)
         return o, vjp(d_o)
 
@@ -224,6 +233,59 @@ def time_training(shape, gate) -> tuple[float, float]:
     assert "jax_flashkda.backward" in lowered.as_text()
     temporaries = lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
     return median_ms(call, sets, repeats=5), temporaries
+
+
+def time_step(name, state_dtype) -> float:
+    """One decode step of 32 in one program, in place, on states in rotation that exceed the L2."""
+    import jax
+    import jax.numpy as jnp
+
+    import jax_flashkda
+
+    N, H, T = STEPS[name]
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v, g = (jax.random.normal(key, (N, T, H, D), jnp.bfloat16) for key in keys[:4])
+    tokens = dict(q=q, k=k, v=v, g=g, beta=jax.random.normal(keys[4], (N, T, H), jnp.bfloat16))
+    tokens |= dict(A_log=jnp.zeros(H), dt_bias=jnp.full((H, D), -4.0))
+    bytes_of_one = N * H * D * D * jnp.dtype(state_dtype).itemsize
+    make = lambda seed: jax.random.normal(jax.random.key(seed), (N, H, D, D), state_dtype)
+    states = [make(seed) for seed in range(min(UNROLLED, _rounds(bytes_of_one) + 1))]
+    options = dict(gate="softplus", beta_is_logits=True, qk_l2norm=True, implementation="cuda")
+
+    def several(states, tokens):
+        states, outputs = list(states), []
+        for i in range(UNROLLED):
+            at = i % len(states)
+            o, states[at] = jax_flashkda.kimi_delta_attention_step(
+                **tokens, state=states[at], **options
+            )
+            outputs.append(o)
+        return states, outputs
+
+    compiled = jax.jit(several, donate_argnums=0).lower(states, tokens).compile()
+    assert "jax_flashkda.step" in compiled.as_text()
+    times = []
+    for _ in range(12):
+        jax.block_until_ready(states)
+        start = time.perf_counter()
+        states, outputs = jax.block_until_ready(compiled(states, tokens))
+        times.append((time.perf_counter() - start) * 1e3 / UNROLLED)
+    return statistics.median(times[3:])
+
+
+def time_all_steps() -> dict:
+    """Milliseconds of a decode step by shape and type of the state, and TB/s of states moved."""
+    results = {}
+    for name, (N, H, _) in STEPS.items():
+        row = {}
+        for state_dtype in STATE_DTYPES:
+            ms = time_step(name, state_dtype)
+            moved = 2 * N * H * D * D * (4 if state_dtype == "float32" else 2)
+            row[state_dtype] = round(ms, 5)
+            row[f"{state_dtype}, TB/s"] = round(moved / ms * 1e-9, 3)
+        results[name] = row
+        print("step", name, row, flush=True)
+    return results
 
 
 def time_softmax_attention(shape, training=False) -> float:
@@ -359,6 +421,17 @@ def versions() -> dict:
     return found | {"gpu": jax.devices()[0].device_kind}
 
 
+def step_table(rows) -> list[str]:
+    if not rows:
+        return []
+    columns = list(next(iter(rows.values())))
+    lines = ["| decode step | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, row in rows.items():
+        cells = [f"{row[c]:.2f}" if "TB/s" in c else f"{row[c]:.4f}" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def training_table(rows) -> list[str]:
     if not rows:
         return []
@@ -390,6 +463,7 @@ def table(record) -> str:
         cells = [row.get(c) for c in timed] + [FLA_KNOWN_MS.get(shape)] * known
         lines.append(f"| {shape} | " + " | ".join(map(show, cells)) + " |")
     lines.append("")
+    lines += [*step_table(record.get("step_ms", {})), ""]
     lines += [*training_table(record.get("training_ms", {})), ""]
     for peer, (work, gates) in peers.PEERS.items():
         lines.append(f"* {peer}: {work}")
@@ -412,6 +486,9 @@ def main():
         "--peer-seconds", type=int, default=240, help="time limit of a peer, all shapes together"
     )
     parser.add_argument("--only", nargs="*", choices=SHAPES, metavar="SHAPE")
+    parser.add_argument(
+        "--only-steps", action="store_true", help="the decode step; records nothing"
+    )
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument(
         "--pytest",
@@ -429,6 +506,9 @@ def main():
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers share the memory
     peer_seconds = 0 if options.no_peers else options.peer_seconds
+    if options.only_steps:
+        print("\n".join(step_table(time_all_steps())))
+        return
     if options.only:
         times = {"forward_ms": time_all(options.only, lambda **_: None)}
         if peer_seconds > 0:
@@ -446,6 +526,7 @@ def main():
 
     keep(tests=None if options.no_tests else run_tests(options.pytest))
     time_all(SHAPES, keep)
+    keep(step_ms=time_all_steps())
     keep(training_ms=time_all_training(TRAINING_SHAPES, peer_seconds > 0))
     if peer_seconds > 0:
         time_peers(record["forward_ms"], peer_seconds)

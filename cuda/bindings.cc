@@ -52,6 +52,20 @@ nb::list variants_as_dicts() {
   return rows;
 }
 
+nb::list step_variants_as_dicts() {
+  nb::list rows;
+  for (const StepVariant& variant : step_variants()) {
+    nb::dict row;
+    row["arch"] = variant.arch;
+    row["K"] = variant.K;
+    row["V"] = variant.V;
+    row["token_dtypes"] = numpy_names(variant.token_dtypes);
+    row["state_dtypes"] = numpy_names(variant.state_dtypes);
+    rows.append(row);
+  }
+  return rows;
+}
+
 using WorkspaceBytes = int64_t (*)(const ForwardShape&);
 
 template <WorkspaceBytes kBytes>
@@ -70,6 +84,7 @@ NB_MODULE(_flashkda, module) {
   module.def("checking_registrations", [] { return to_dict(checking_handlers()); },
              "Handlers that check as those do and launch nothing, on any platform.");
   module.def("variants", &variants_as_dicts, "The compiled kernels, a dict each.");
+  module.def("step_variants", &step_variants_as_dicts, "The compiled decode steps, a dict each.");
   module.def("forward_workspace_bytes", &workspace_bytes<forward_workspace_bytes>, "B"_a, "T"_a,
              "H"_a, "HV"_a, "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
              "Bytes of the workspace result of jax_flashkda.forward.");

@@ -10,4 +10,5 @@ set(JAX_FLASHKDA_CUDA_SOURCES
   sm90/chunk_state_pieces/launch.cu
   sm90/chunk_state_gradient/launch.cu
   sm90/chunk_gradient/launch.cu
+  sm90/decode_step/launch.cu
   sm90/initialize.cu)

@@ -14,17 +14,21 @@ from ._packing import segment_ids_to_lengths as segment_ids_to_lengths
 from ._packing_stream import PackedStream as PackedStream
 from ._primitives import DISABLE_JAX_EXPORT_CHECKS as DISABLE_JAX_EXPORT_CHECKS
 from ._short_conv import short_conv as short_conv
+from ._short_conv import short_conv_state as short_conv_state
+from ._short_conv import short_conv_step as short_conv_step
+from ._step import kimi_delta_attention_step as kimi_delta_attention_step
+from ._step import step_supported as step_supported
 
 
 def __getattr__(name):
     # The layer alone needs flax, which is an optional dependency: it is imported when asked for.
-    if name == "KimiDeltaAttention":
+    if name in ("KimiDeltaAttention", "KimiDeltaCache"):
         try:
-            from ._layer import KimiDeltaAttention
+            from . import _layer
         except ModuleNotFoundError as error:
             if error.name != "flax":
                 raise
-            message = "KimiDeltaAttention needs flax: pip install 'jax_flashkda[flax]'"
+            message = f"{name} needs flax: pip install 'jax_flashkda[flax]'"
             raise ImportError(message) from error
-        return KimiDeltaAttention
+        return getattr(_layer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -162,7 +162,7 @@ def _chunk(problem: Problem, mask, tile, parameters, state):
     dtype = state.dtype
     precision = lax.Precision.DEFAULT if tile[2].dtype.itemsize == 2 else lax.Precision.HIGHEST
     einsum = functools.partial(jnp.einsum, precision=precision)
-    q, k, v, log_decay, beta = _inputs(problem, mask, tile, parameters, dtype)
+    q, k, v, log_decay, beta = token_inputs(problem, mask, tile, parameters, dtype)
     A_qk, A_kk, inverses, G, remaining = _intra_chunk(q, k, log_decay, beta, einsum)
 
     decay = jnp.exp(G)
@@ -173,9 +173,9 @@ def _chunk(problem: Problem, mask, tile, parameters, state):
     return jnp.moveaxis(o, 1, 2).astype(tile[2].dtype), state
 
 
-def _inputs(problem: Problem, mask, tile, parameters, dtype):
+def token_inputs(problem, mask, tile, parameters, dtype):
     """Masked, normalised, gated inputs of a chunk, [B, HV, C, ..]; q scaled, q and k repeated for
-    their value heads.
+    their value heads. `problem` is a `Problem` or a `StepProblem`.
 
     Rows outside the chunk are selected away before anything touches them, and decay nothing.
     """

@@ -39,6 +39,12 @@ def variants() -> list[dict]:
     return _required().variants()
 
 
+def step_variants() -> list[dict]:
+    """The compiled decode steps, a row each: `arch`, head dims `K`, `V`, and the lists
+    `token_dtypes` (of q, k and v, of g, of beta) and `state_dtypes`."""
+    return _required().step_variants()
+
+
 def workspace_bytes(
     stage: str, B: int, T: int, H: int, HV: int, K: int, V: int, N: int, has_segment_ids: bool
 ) -> int:

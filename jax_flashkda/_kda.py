@@ -1,7 +1,5 @@
 """The public op: its signature, its validation, its documentation."""
 
-import math
-import numbers
 from typing import Any, Literal
 
 import jax
@@ -9,10 +7,7 @@ import numpy as np
 
 from . import _primitives, _support, _vjp
 from ._problem import Problem
-
-_FLOATS = ("bfloat16", "float16", "float32", "float64")
-_GATES = ("log_decay", "softplus", "bounded")
-_IMPLEMENTATIONS = ("cuda", "xla", None)
+from ._validation import FLOATS, Errors, check_are_arrays, check_options, is_int, strong
 
 
 def kimi_delta_attention(
@@ -37,7 +32,6 @@ def kimi_delta_attention(
     return_final_state: bool = False,
     residual_name: str | None = None,
     implementation: Literal["cuda", "xla"] | None = None,
-    backward_implementation: Literal["cuda", "xla"] = "xla",
 ):
     """Kimi Delta Attention: linear attention with a delta rule and a decay per channel.
 
@@ -80,9 +74,6 @@ def kimi_delta_attention(
     - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the
       kernels on an NVIDIA GPU that they support, XLA elsewhere. Chosen when the program is lowered
       for a platform.
-    - `backward_implementation`: what differentiates a call that the kernels run. "xla", or "cuda":
-      kernels, some 25 times faster and not yet within the promised accuracy everywhere: see
-      "Limits" in the README.
 
     **Returns** o [B, T, HV, V] in v's dtype, or (o, final_state), final_state shaped like
     `initial_state`. Slots past a row's last segment return their initial state (or zero).
@@ -120,9 +111,8 @@ def kimi_delta_attention(
         return_final_state=return_final_state,
         residual_name=residual_name,
         implementation=implementation,
-        backward_implementation=backward_implementation,
     )
-    named = {name: _strong(x) for name, x in operands.items()}
+    named = {name: strong(x) for name, x in operands.items()}
     # One row of gate parameters per batch row: their gradients then leave the op unsummed, and the
     # sum over rows, with whatever collective it takes, is the transpose of this broadcast.
     for name in ("A_log", "dt_bias"):
@@ -176,7 +166,6 @@ def _resolve(
     return_final_state=False,
     residual_name=None,
     implementation=None,
-    backward_implementation="xla",
 ) -> tuple[Problem, dict[str, Any]]:
     """The call's Problem and its present array arguments by name, after checking all of it."""
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta)
@@ -184,57 +173,34 @@ def _resolve(
         A_log=A_log, dt_bias=dt_bias, initial_state=initial_state, segment_ids=segment_ids
     )
     arrays.update({name: x for name, x in optional.items() if x is not None})
-    _check_are_arrays(arrays)
-    errors = _Errors()
-    errors.check(
-        gate in _GATES, f"gate: got {gate!r}; one of {', '.join(map(repr, _GATES))} is accepted"
+    check_are_arrays("kimi_delta_attention", arrays)
+    errors = Errors("kimi_delta_attention")
+    scale = check_options(
+        errors,
+        k,
+        gate=gate,
+        gate_lower_bound=gate_lower_bound,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        beta_is_logits=beta_is_logits,
+        allow_neg_eigval=allow_neg_eigval,
+        qk_l2norm=qk_l2norm,
+        scale=scale,
+        implementation=implementation,
     )
-    errors.check(
-        implementation in _IMPLEMENTATIONS,
-        f"implementation: got {implementation!r}; 'cuda', 'xla' or None is accepted",
-    )
-    errors.check(
-        backward_implementation in ("cuda", "xla"),
-        f"backward_implementation: got {backward_implementation!r}; 'cuda' or 'xla' is accepted",
-    )
-    for name, x in (
-        ("beta_is_logits", beta_is_logits),
-        ("allow_neg_eigval", allow_neg_eigval),
-        ("qk_l2norm", qk_l2norm),
-        ("return_final_state", return_final_state),
-    ):
-        errors.check_type(
-            isinstance(x, bool | np.bool_), f"{name}: got {x!r}; True or False is accepted"
-        )
-    errors.check(
-        beta_is_logits or not allow_neg_eigval,
-        "allow_neg_eigval: got True with beta_is_logits=False; it doubles the sigmoid of beta "
-        "logits, so pass beta_is_logits=True, or a beta in [0, 2] without it",
-    )
+    errors.check_flag("return_final_state", return_final_state)
     errors.check_type(
         residual_name is None or isinstance(residual_name, str),
         f"residual_name: got {residual_name!r}; a string or None is accepted",
     )
     if errors.check_type(
-        padding_segment_id is None or _is_int(padding_segment_id),
+        padding_segment_id is None or is_int(padding_segment_id),
         f"padding_segment_id: got {padding_segment_id!r}; an int or None is accepted",
     ):
         errors.check(
             padding_segment_id is None or -(2**31) <= padding_segment_id < 2**31,
             f"padding_segment_id: got {padding_segment_id}; an int32 value is accepted",
         )
-    scale = _check_scale(errors, scale, k)
-    if gate == "bounded":
-        bound_is_number = isinstance(gate_lower_bound, numbers.Real)
-        if errors.check_type(
-            bound_is_number, f"gate_lower_bound: got {gate_lower_bound!r}; a number is accepted"
-        ):
-            errors.check(
-                -5 <= gate_lower_bound < 0,
-                f"gate_lower_bound: got {gate_lower_bound}; a value in [-5, 0) is accepted",
-            )
-    if gate in _GATES:
-        _check_gate_parameters(errors, gate, A_log, dt_bias)
     _check_dtypes(errors, arrays)
     N = _check_shapes(errors, arrays, max_segments, return_final_state)
     errors.raise_if_any()
@@ -250,83 +216,17 @@ def _resolve(
         return_final_state=bool(return_final_state),
         residual_name=residual_name,
         implementation=implementation,
-        backward_implementation=backward_implementation,
         **{f"has_{name}": name in arrays for name in optional},
     )
     return problem, arrays
-
-
-class _Errors:
-    """Collects every mismatch of a call, so that one attempt shows them all."""
-
-    def __init__(self):
-        self.messages, self.only_types = [], True
-
-    def check(self, ok, message) -> bool:
-        if not ok:
-            self.messages.append(message)
-            self.only_types = False
-        return bool(ok)
-
-    def check_type(self, ok, message) -> bool:
-        if not ok:
-            self.messages.append(message)
-        return bool(ok)
-
-    def raise_if_any(self):
-        if self.messages:
-            kind = TypeError if self.only_types else ValueError
-            raise kind("kimi_delta_attention:\n  " + "\n  ".join(self.messages))
-
-
-def _check_are_arrays(arrays):
-    bad = [f"{name}: got {type(x).__name__}" for name, x in arrays.items() if not _is_array(x)]
-    if bad:
-        raise TypeError(
-            "kimi_delta_attention:\n  " + "\n  ".join(f"{b}; an array is accepted" for b in bad)
-        )
-
-
-def _is_array(x):
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-
-
-def _is_int(x):
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
-
-
-def _check_scale(errors, scale, k):
-    if scale is None:
-        return k.shape[-1] ** -0.5 if k.ndim and k.shape[-1] else 1.0
-    if not errors.check_type(
-        isinstance(scale, numbers.Real) and not isinstance(scale, bool),
-        f"scale: got {type(scale).__name__}; a static Python number or None (K**-0.5) is accepted",
-    ):
-        return 1.0
-    errors.check(math.isfinite(scale), f"scale: got {scale}; a finite number is accepted")
-    return float(scale)
-
-
-def _check_gate_parameters(errors, gate, A_log, dt_bias):
-    if gate == "softplus":
-        errors.check(
-            A_log is not None, "A_log: got None with gate='softplus', which needs it: [HV] float32"
-        )
-    if gate == "log_decay":
-        for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
-            errors.check(
-                x is None,
-                f"{name}: got an array with gate='log_decay', which uses g as it is; leave it out, "
-                "or pass the raw gate with gate='softplus' or 'bounded'",
-            )
 
 
 def _check_dtypes(errors, arrays):
     names = {name: np.dtype(x.dtype).name for name, x in arrays.items()}
     for name in ("q", "k", "v", "g", "beta"):
         errors.check_type(
-            names[name] in _FLOATS,
-            f"{name}: got dtype {names[name]}; one of {', '.join(_FLOATS)} is accepted",
+            names[name] in FLOATS,
+            f"{name}: got dtype {names[name]}; one of {', '.join(FLOATS)} is accepted",
         )
     errors.check_type(
         names["q"] == names["k"] == names["v"],
@@ -347,7 +247,7 @@ def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
     packed = "segment_ids" in arrays
     given = max_segments is not None
     if given and errors.check_type(
-        _is_int(max_segments), f"max_segments: got {max_segments!r}; an int is accepted"
+        is_int(max_segments), f"max_segments: got {max_segments!r}; an int is accepted"
     ):
         errors.check(max_segments >= 1, f"max_segments: got {max_segments}; at least 1 is accepted")
         errors.check(
@@ -410,8 +310,3 @@ def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
             + (" with segment_ids" if name == "initial_state" and packed else ""),
         )
     return N
-
-
-def _strong(x):
-    """x as a JAX array without weak type: the op promotes nothing."""
-    return jax.lax.convert_element_type(x, jax.dtypes.canonicalize_dtype(x.dtype))

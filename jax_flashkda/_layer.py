@@ -11,6 +11,7 @@ Heads keep an axis of their own in every parameter that has them (q_proj is [hid
 """
 
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,23 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ._kda import kimi_delta_attention
-from ._segments import is_padding
-from ._short_conv import short_conv
+from ._segments import extents, is_padding
+from ._short_conv import short_conv, short_conv_state, short_conv_step
+from ._step import kimi_delta_attention_step
 
-__all__ = ["KimiDeltaAttention"]
+__all__ = ["KimiDeltaAttention", "KimiDeltaCache"]
 
 _default_kernel_init = nnx.initializers.lecun_normal()
+
+
+class KimiDeltaCache(NamedTuple):
+    """All that a layer keeps of N sequences, of any lengths; a pytree. In place of N rows it may be
+    a pool of slots, see `KimiDeltaAttention.step`."""
+
+    q_conv: jax.Array  # [N, conv_width - 1, H, K], the last inputs of the convolutions
+    k_conv: jax.Array  # [N, conv_width - 1, H, K]
+    v_conv: jax.Array  # [N, conv_width - 1, HV, V]
+    state: jax.Array  # [N, HV, K, V]
 
 
 class KimiDeltaAttention(nnx.Module):
@@ -35,6 +47,11 @@ class KimiDeltaAttention(nnx.Module):
 
     The defaults are Kimi-Linear-48B's. Kimi-K3 has `gate="bounded"`, `output_gate="full_rank"`;
     GLM-5.3-Flash `gate="bounded"`; FLA's layer `output_gate_bias=True`.
+
+    Decoding, see `prefill` and `step`:
+
+        y, cache = layer.prefill(x)                # the prompts
+        y, cache = layer.step(x, cache)            # [N, 1, 2304], a token of each
 
     In Linen, through Flax's bridge:
 
@@ -69,7 +86,7 @@ class KimiDeltaAttention(nnx.Module):
       parameter, e.g. ("embed", "heads"): mesh axes, or logical names resolved by Flax's axis
       rules. None leaves the metadata to `kernel_init`, which may be an `nnx.with_partitioning`
       initialiser.
-    - `residual_name`, `implementation`, `backward_implementation`: passed to
+    - `residual_name`, `implementation`: passed to
       `kimi_delta_attention`.
     - `rngs`: random streams; "params" is used.
 
@@ -102,7 +119,6 @@ class KimiDeltaAttention(nnx.Module):
         axis_names: tuple[str | None, str | None] | None = None,
         residual_name: str | None = None,
         implementation: str | None = None,
-        backward_implementation: str = "xla",
         rngs: nnx.Rngs,
     ):
         num_value_heads = num_heads if num_value_heads is None else num_value_heads
@@ -126,7 +142,6 @@ class KimiDeltaAttention(nnx.Module):
         self.allow_neg_eigval = allow_neg_eigval
         self.residual_name = residual_name
         self.implementation = implementation
-        self.backward_implementation = backward_implementation
 
         embed, heads = axis_names or (None, None)
 
@@ -203,20 +218,131 @@ class KimiDeltaAttention(nnx.Module):
         if segment_ids is not None and segment_ids.shape != x.shape[:2]:
             raise ValueError(f"segment_ids must be [B, T] = {x.shape[:2]}, got {segment_ids.shape}")
         segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)
-        if segment_ids is not None:
-            # Selected away at the door: a NaN in padding would reach the gradient of every
-            # projection.
-            x = jnp.where(is_padding(**segments)[..., None], 0, x)
-
-        q = checkpoint_name(self.q_proj(x), "query_proj")
-        k = checkpoint_name(self.k_proj(x), "key_proj")
-        v = checkpoint_name(self.v_proj(x), "value_proj")
+        x = _without_padding(x, segments)
+        q, k, v = self._projections(x)
         o = kimi_delta_attention(
             self.q_conv1d(q, **segments),
             self.k_conv1d(k, **segments),
             self.v_conv1d(v, **segments),
             self.f_b_proj(self.f_a_proj(x)),
             self.b_proj(x),
+            residual_name=self.residual_name,
+            **self._options(),
+            **segments,
+        )
+        return self._output(x, o, out_sharding)
+
+    def init_cache(self, num_sequences, *, dtype=None, state_dtype=jnp.float32):
+        """The cache of sequences without any token, or a pool of so many slots.
+
+        **Arguments**
+
+        - `num_sequences`: N.
+        - `dtype`: of the convolutions' inputs; by default that of the layer's computation.
+        - `state_dtype`: float32 or bfloat16.
+
+        **Returns** a `KimiDeltaCache` of zeros.
+        """
+        dtype = dtype or self.q_proj.dtype or self.q_proj.kernel[...].dtype
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        histories = [
+            jnp.zeros((num_sequences, conv.width - 1, *projection.out_features), dtype)
+            for projection, conv in zip(projections, convolutions, strict=True)
+        ]
+        (_, K), (HV, V) = self.k_proj.out_features, self.v_proj.out_features
+        return KimiDeltaCache(*histories, jnp.zeros((num_sequences, HV, K, V), state_dtype))
+
+    def prefill(self, x, cache=None, *, segment_ids=None, padding_segment_id=0, max_segments=None):
+        """`__call__`, and the cache to go on from: prompts of any lengths, new or continued.
+
+        **Arguments**
+
+        - `x`, `segment_ids`, `padding_segment_id`: as in `__call__`. Prompts of different lengths
+          are segments of one row, or rows with padding behind them.
+        - `cache`: a `KimiDeltaCache` of the sequences so far, as returned; None: they are new.
+        - `max_segments`: N, how many segments of a row are kept (static); needed with
+          `segment_ids`. Compiled programs serve all lengths.
+
+        **Returns** y [B, T, hidden_size] and a cache of B N sequences (B without segment_ids): the
+        n-th segment of row b is sequence b N + n. Where a row has fewer segments, what `cache`
+        held, or zero.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must be [B, T, hidden_size={self.hidden_size}], got {x.shape}")
+        if (segment_ids is None) != (max_segments is None):
+            raise ValueError("max_segments is needed with segment_ids, and refused without")
+        segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)
+        x = _without_padding(x, segments)
+        rows = x.shape[:1] if segment_ids is None else (x.shape[0], max_segments)
+        split = lambda array: array.reshape(*rows, *array.shape[1:])  # noqa: E731
+        before = KimiDeltaCache(*map(split, cache)) if cache is not None else (None,) * 4
+        convolved, histories = [], []
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        for conv, tokens, history in zip(
+            convolutions, self._projections(x), before[:3], strict=True
+        ):
+            convolved.append(conv(tokens, initial_state=history, **segments))
+            histories.append(conv.state_after(tokens, history, max_segments, segments))
+        state = None if cache is None else before[3].astype(jnp.float32)
+        o, state = kimi_delta_attention(
+            *convolved,
+            self.f_b_proj(self.f_a_proj(x)),
+            self.b_proj(x),
+            initial_state=state,
+            return_final_state=True,
+            max_segments=max_segments,
+            **self._options(),
+            **segments,
+        )
+        if cache is not None:
+            state = state.astype(cache.state.dtype)
+        after = (array.reshape(-1, *array.shape[len(rows) :]) for array in (*histories, state))
+        return self._output(x, o), KimiDeltaCache(*after)
+
+    def step(self, x, cache, *, state_indices=None):
+        """The next tokens of N sequences, whatever their lengths so far. Donate the cache to
+        `jax.jit`, and the states are updated in place.
+
+        **Arguments**
+
+        - `x`: [N, T, hidden_size], 1 <= T <= 8.
+        - `cache`: a `KimiDeltaCache` of N sequences, or with `state_indices` a pool of slots.
+        - `state_indices`: int32 [N], the slot of each sequence; a negative one reads and writes
+          nothing, see `kimi_delta_attention_step`.
+
+        **Returns** y [N, T, hidden_size], meaningless for a sequence without a slot, and the cache.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must be [N, T, hidden_size={self.hidden_size}], got {x.shape}")
+        convolved, histories = [], []
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        for conv, tokens, history in zip(
+            convolutions, self._projections(x), cache[:3], strict=True
+        ):
+            y, history = conv.step(tokens, history, state_indices)
+            convolved.append(y)
+            histories.append(history)
+        o, state = kimi_delta_attention_step(
+            *convolved,
+            self.f_b_proj(self.f_a_proj(x)),
+            self.b_proj(x),
+            cache.state,
+            state_indices=state_indices,
+            **self._options(),
+        )
+        return self._output(x, o), KimiDeltaCache(*histories, state)
+
+    def _projections(self, x):
+        return (
+            checkpoint_name(self.q_proj(x), "query_proj"),
+            checkpoint_name(self.k_proj(x), "key_proj"),
+            checkpoint_name(self.v_proj(x), "value_proj"),
+        )
+
+    def _options(self):
+        """What op and step are told alike."""
+        return dict(
             gate=self.gate,
             A_log=self.A_log[...],
             dt_bias=self.dt_bias[...],
@@ -224,17 +350,24 @@ class KimiDeltaAttention(nnx.Module):
             beta_is_logits=True,
             allow_neg_eigval=self.allow_neg_eigval,
             qk_l2norm=True,
-            residual_name=self.residual_name,
             implementation=self.implementation,
-            backward_implementation=self.backward_implementation,
-            **segments,
         )
+
+    def _output(self, x, o, out_sharding=None):
         if self.output_gate == "low_rank":
             output_gate = self.g_b_proj(self.g_a_proj(x))
         else:
             output_gate = self.g_proj(x)
         o = self.o_norm(o, output_gate)
         return checkpoint_name(self.o_proj(o, out_sharding=out_sharding), "out_proj")
+
+
+def _without_padding(x, segments):
+    """x with zeros at padding: selected away at the door, a NaN there would reach the gradient of
+    every projection."""
+    if segments["segment_ids"] is None:
+        return x
+    return jnp.where(is_padding(**segments)[..., None], 0, x)
 
 
 class _ShortConv(nnx.Module):
@@ -245,8 +378,31 @@ class _ShortConv(nnx.Module):
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
         self.kernel = nnx.Param(init(rngs.params(), (width, *channels), param_dtype), **metadata)
 
+    @property
+    def width(self):
+        return self.kernel.shape[0]
+
     def __call__(self, x, **segments):
         return short_conv(x, self.kernel[...], **segments)
+
+    def state_after(self, x, before, max_segments, segments):
+        """The last inputs of each segment, or of what was before it where it is short."""
+        after = short_conv_state(x, self.width, max_segments=max_segments, **segments)
+        if before is None:
+            return after
+        history = self.width - 1
+        if segments["segment_ids"] is None:
+            return jnp.concatenate([before, x.astype(before.dtype)], axis=1)[:, x.shape[1] :]
+        _, length = extents(**segments, N=max_segments)
+        # Entry j of the new history is entry j + length of the old one, or a token's.
+        entry = jnp.arange(history) + length[..., None]
+        channels = (1,) * (x.ndim - 2)
+        shape = (*entry.shape, *channels)
+        old = jnp.take_along_axis(before, jnp.minimum(entry, history - 1).reshape(shape), axis=2)
+        return jnp.where((entry < history).reshape(shape), old, after.astype(before.dtype))
+
+    def step(self, x, state, state_indices):
+        return short_conv_step(x, self.kernel[...], state, state_indices=state_indices)
 
 
 class _GatedRMSNorm(nnx.Module):

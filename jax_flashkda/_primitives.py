@@ -1,6 +1,7 @@
-"""The two stages of the op, forward and backward, as JAX primitives.
+"""The two stages of the op, forward and backward, and the decode step as JAX primitives.
 
-`forward` and `backward` are what the gradient rule calls. From the outside in, a call passes
+`forward` and `backward` are what the gradient rule calls, `step` what the decode step is. From the
+outside in, a call passes
 
     custom_jvp         refuses to be differentiated, in words (the gradient rule sits above)
     custom_vmap        folds a mapped axis into the batch axis and calls itself
@@ -12,6 +13,7 @@ breaks `shard_map(check_vma=True)`, and `lax.platform_dependent` does so too. Wh
 implementation runs is settled in the lowering rules, so one traced program serves every platform.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -26,19 +28,18 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import _chunked, _extension, _support
-from ._problem import AXES, Problem
+from . import _chunked, _extension, _recurrent, _support
+from ._problem import Problem, StepProblem
 
-# The FFI targets of the CUDA kernels. The backward recomputes from the raw inputs; unless
-# `Problem.backward_implementation` says otherwise it does so on XLA, after a CUDA forward too.
-_FFI_TARGETS = {"forward": "jax_flashkda.forward", "backward": "jax_flashkda.backward"}
+# The FFI targets of the CUDA kernels. The backward recomputes from the raw inputs.
+_FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in ("forward", "backward", "step")}
 
 # `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
 DISABLE_JAX_EXPORT_CHECKS = tuple(
     jax.export.DisabledSafetyCheck.custom_call(target) for target in _FFI_TARGETS.values()
 )
 
-_XLA = {"forward": _chunked.forward, "backward": _chunked.backward}
+_XLA = {"forward": _chunked.forward, "backward": _chunked.backward, "step": _recurrent.step}
 
 
 def forward(problem: Problem, *operands):
@@ -51,6 +52,11 @@ def backward(problem: Problem, *operands_and_cotangents):
     return _stage("backward", problem)(*operands_and_cotangents)
 
 
+def step(problem: StepProblem, *operands):
+    """(o, state) or (o, state, token_states) of the operands named by `problem.operand_names`."""
+    return _stage("step", problem)(*operands)
+
+
 @functools.cache
 def _stage(stage, problem):
     @custom_vmap
@@ -59,13 +65,18 @@ def _stage(stage, problem):
 
     @call.def_vmap
     def fold_into_batch(axis_size, in_batched, *operands):
-        folded = [
-            _fold(operand, axis_size, batched)
-            for operand, batched in zip(operands, in_batched, strict=True)
-        ]
+        fold = _fold_step if stage == "step" else _fold_all
+        folded_problem, folded = fold(problem, operands, axis_size, in_batched)
         rows = operands[0].shape[1 if in_batched[0] else 0]
-        results = _stage(stage, problem)(*folded)
-        return tuple(_unfold(x, rows, axis_size) for x in results), (True,) * len(results)
+        results = _stage(stage, folded_problem)(*folded)
+        axes = [problem.axes[name] for name in problem.signature(stage)[1]]
+        unfolded = tuple(
+            x.reshape(axis_size, -1, *x.shape[1:])
+            if axes_of_x[0] == "S"
+            else _unfold(x, rows, axis_size)
+            for x, axes_of_x in zip(results, axes, strict=True)
+        )
+        return unfolded, (True,) * len(results)
 
     @jax.custom_jvp
     def reverse_mode_once(*operands):
@@ -73,16 +84,54 @@ def _stage(stage, problem):
 
     @reverse_mode_once.defjvp
     def refuse(primals, tangents):
-        raise NotImplementedError(
-            "kimi_delta_attention supports reverse-mode differentiation, once: its gradient cannot "
-            "be differentiated again, neither forward (jax.jvp, jax.jacfwd, jax.hessian) nor in "
-            "reverse (jax.grad of jax.grad)."
-        )
+        raise NotImplementedError(_NOT_DIFFERENTIABLE["step" if stage == "step" else "gradient"])
 
     return reverse_mode_once
 
 
+_NOT_DIFFERENTIABLE = {
+    "gradient": "kimi_delta_attention supports reverse-mode differentiation, once: its gradient "
+    "cannot be differentiated again, neither forward (jax.jvp, jax.jacfwd, jax.hessian) nor in "
+    "reverse (jax.grad of jax.grad).",
+    "step": "kimi_delta_attention_step has no derivative; kimi_delta_attention with initial_state "
+    "and return_final_state computes the same and has one.",
+}
+
+
 # ------------------------------------------------------------------------------------------ vmap
+
+
+def _fold_all(problem, operands, axis_size, in_batched):
+    mapped = zip(operands, in_batched, strict=True)
+    return problem, [_fold(operand, axis_size, batched) for operand, batched in mapped]
+
+
+def _fold_step(problem, operands, axis_size, in_batched):
+    """The step of all sequences of the mapped calls. Parameters that are not mapped stay one row;
+    pools are put one behind the other, and indices count on.
+    """
+    mapped = dict(zip(problem.operand_names, in_batched, strict=True))
+    named = problem.named(operands)
+    shared = not (problem.parameters_per_sequence or mapped.get("A_log") or mapped.get("dt_bias"))
+    rows = named["q"].shape[1 if mapped["q"] else 0]
+    slots = named["state"].shape[1 if mapped["state"] else 0]
+    folded = {}
+    for name, x in named.items():
+        if name in ("A_log", "dt_bias"):
+            if not shared and not problem.parameters_per_sequence:
+                x = jnp.repeat(x, rows, axis=1 if mapped[name] else 0)
+            folded[name] = x if shared else _fold(x, axis_size, mapped[name])
+        elif name == "state" and problem.has_state_indices:
+            x = x if mapped[name] else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+            folded[name] = x.reshape(axis_size * slots, *x.shape[2:])
+        elif name == "state_indices":
+            x = _fold(x, axis_size, mapped[name]).reshape(rows, axis_size)
+            first = slots * jnp.arange(axis_size, dtype=x.dtype)
+            folded[name] = jnp.where((x >= 0) & (x < slots), x + first, -1).reshape(-1)
+        else:
+            folded[name] = _fold(x, axis_size, mapped[name])
+    problem = dataclasses.replace(problem, parameters_per_sequence=not shared)
+    return problem, [folded[name] for name in problem.operand_names]
 
 
 def _fold(x, axis_size, batched):
@@ -151,9 +200,9 @@ def _varying_axes(x):
     return frozenset(aval.vma)
 
 
-def _spec(name, batch, heads):
+def _spec(problem, name, batch, heads):
     axes = {"B": batch, "H": heads, "HV": heads}
-    return P(*(axes.get(axis) or None for axis in AXES[name]))
+    return P(*(axes.get(axis) or None for axis in problem.axes[name]))
 
 
 def _split(problem, operands, shardings):
@@ -162,7 +211,7 @@ def _split(problem, operands, shardings):
     # Value heads first: they are what there is most of.
     arrived = zip(problem.operand_names, shardings, strict=False)
     for name, sharding in sorted(arrived, key=lambda item: item[0] in ("q", "k")):
-        for axis, entry in zip(AXES[name], sharding.spec, strict=False):
+        for axis, entry in zip(problem.axes[name], sharding.spec, strict=False):
             if axis == "B":
                 batch = batch or _axes(entry)
             elif axis in ("H", "HV"):
@@ -210,7 +259,7 @@ def shard_alike(problem, operands):
     names, _ = problem.signature("backward")
     batch, heads = _split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
     return tuple(
-        jax.sharding.reshard(operand, NamedSharding(mesh, _spec(name, batch, heads)))
+        jax.sharding.reshard(operand, NamedSharding(mesh, _spec(problem, name, batch, heads)))
         for name, operand in zip(names, operands, strict=False)
     )
 
@@ -223,8 +272,8 @@ def _shard_mapped(stage, problem, mesh, operands):
     mapped = jax.shard_map(
         functools.partial(_dispatch, stage, problem),
         mesh=mesh,
-        in_specs=tuple(_spec(name, batch, heads) for name in operand_names),
-        out_specs=tuple(_spec(name, batch, heads) for name in result_names),
+        in_specs=tuple(_spec(problem, name, batch, heads) for name in operand_names),
+        out_specs=tuple(_spec(problem, name, batch, heads) for name in result_names),
         axis_names={name for name, kind in types if kind == AxisType.Explicit},
     )
     return mapped(*operands)
@@ -244,7 +293,7 @@ def _partitioned(stage, problem, devices):
             shardings = [operand.sharding for operand in operands]
             grid, (batch, heads) = mesh, _split(problem, operands, shardings)
         placed = {
-            name: NamedSharding(grid, _spec(name, batch, heads))
+            name: NamedSharding(grid, _spec(problem, name, batch, heads))
             for name in operand_names + result_names
         }
         results_placed = tuple(placed[name] for name in result_names)
@@ -257,10 +306,12 @@ def _partitioned(stage, problem, devices):
         q, v = operand_types[0].shape, operand_types[2].shape
         factors = {"HV": "h" if q[2] == v[2] else "w"}
         names = operand_names + result_names
-        terms = [" ".join(factors.get(x, x.lower()) for x in AXES[name]) for name in names]
-        used = {axis for name in names for axis in AXES[name]}
+        axes = problem.axes
+        terms = [" ".join(factors.get(x, x.lower()) for x in axes[name]) for name in names]
+        # In the order of their first appearance, as Shardy wants them.
+        used = dict.fromkeys(axis for name in names for axis in axes[name])
         left, right = terms[: len(operand_names)], terms[len(operand_names) :]
-        whole = tuple(axis.lower() for axis in "TKVN" if axis in used)
+        whole = tuple(axis.lower() for axis in used if axis not in ("B", "H", "HV"))
         return f"{', '.join(left)} -> {', '.join(right)}", {"need_replication_factors": whole}
 
     call = custom_partitioning(bind)
@@ -278,6 +329,8 @@ def _unnamed_split(problem, operands, devices):
     v = operands[2]
     local = v.sharding.shard_shape(v.shape)
     batch, heads = v.shape[0] // local[0], v.shape[2] // local[2]
+    if "B" not in problem.axes["v"]:
+        batch = 1
     if problem.sizes(operands)["H"] % heads:
         heads = 1
     known = sorted(v.sharding.device_set, key=lambda device: device.id)
@@ -296,9 +349,13 @@ def _abstract(stage, *operands, problem):
         return [named[name].update(weak_type=False) for name in result_names]
     sizes, v = problem.sizes(operands), named["v"]
     dtypes = {"o": v.dtype, "final_state": np.promote_types(v.dtype, np.float32)}
+    if stage == "step":
+        dtypes["state"] = dtypes["token_states"] = named["state"].dtype
     return [
         v.update(
-            shape=tuple(sizes[axis] for axis in AXES[name]), dtype=dtypes[name], weak_type=False
+            shape=tuple(sizes[axis] for axis in problem.axes[name]),
+            dtype=dtypes[name],
+            weak_type=False,
         )
         for name in result_names
     ]
@@ -325,8 +382,7 @@ def _lower_default(stage, ctx, *operands, problem):
 def _lower_cuda(stage, ctx, *operands, problem):
     sizes = problem.sizes(ctx.avals_in)
     empty = 0 in sizes.values()  # nothing to launch: the results are zeros and the states as given
-    on_xla = stage == "backward" and problem.backward_implementation == "xla"
-    if not _kernels_run(problem, ctx.avals_in) or on_xla or empty:
+    if not _kernels_run(problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
     workspace_bytes = _extension.workspace_bytes(
@@ -342,6 +398,17 @@ def _lower_cuda(stage, ctx, *operands, problem):
     return results[:-1]
 
 
+def _lower_step_cuda(stage, ctx, *operands, problem):
+    empty = 0 in problem.sizes(ctx.avals_in).values()
+    if not _kernels_run(problem, ctx.avals_in) or empty:
+        return _lower_xla(stage, ctx, *operands, problem=problem)
+    _extension.register()
+    # In place: XLA copies the state first unless it is donated or used nowhere else.
+    aliases = {problem.operand_names.index("state"): problem.result_names.index("state")}
+    rule = jax.ffi.ffi_lowering(_FFI_TARGETS[stage], operand_output_aliases=aliases)
+    return rule(ctx, *operands, **_step_attributes(problem))
+
+
 def _kernels_run(problem, operands):
     """Whether the CUDA kernels run this call on the NVIDIA GPUs it is lowered for."""
     if problem.implementation == "xla":
@@ -353,7 +420,8 @@ def _kernels_run(problem, operands):
             'implementation=None or "xla" runs it on XLA.'
         )
     if reasons:
-        _warn_once(f"kimi_delta_attention uses XLA on an NVIDIA GPU: {reasons}.")
+        op = "kimi_delta_attention" + ("_step" if isinstance(problem, StepProblem) else "")
+        _warn_once(f"{op} uses XLA on an NVIDIA GPU: {reasons}.")
     return not reasons
 
 
@@ -364,8 +432,27 @@ def _warn_once(message):
 
 def _attributes(problem):
     """What the handler has to know beyond the operands, in the exact types that it decodes."""
-    gates = {"log_decay": 0, "softplus": 1, "bounded": 2}
     padding = problem.padding_segment_id
+    return _common_attributes(problem) | dict(
+        has_padding_segment_id=np.bool_(padding is not None),
+        padding_segment_id=np.int32(0 if padding is None else padding),
+        max_segments=np.int64(problem.max_segments),
+        has_initial_state=np.bool_(problem.has_initial_state),
+        has_segment_ids=np.bool_(problem.has_segment_ids),
+        return_final_state=np.bool_(problem.return_final_state),
+    )
+
+
+def _step_attributes(problem):
+    return _common_attributes(problem) | dict(
+        has_state_indices=np.bool_(problem.has_state_indices),
+        parameters_per_sequence=np.bool_(problem.parameters_per_sequence),
+        return_token_states=np.bool_(problem.return_token_states),
+    )
+
+
+def _common_attributes(problem):
+    gates = {"log_decay": 0, "softplus": 1, "bounded": 2}
     return dict(
         gate=np.int32(gates[problem.gate]),
         gate_lower_bound=np.float32(problem.gate_lower_bound),
@@ -373,14 +460,8 @@ def _attributes(problem):
         allow_neg_eigval=np.bool_(problem.allow_neg_eigval),
         qk_l2norm=np.bool_(problem.qk_l2norm),
         scale=np.float32(problem.scale),
-        has_padding_segment_id=np.bool_(padding is not None),
-        padding_segment_id=np.int32(0 if padding is None else padding),
-        max_segments=np.int64(problem.max_segments),
         has_A_log=np.bool_(problem.has_A_log),
         has_dt_bias=np.bool_(problem.has_dt_bias),
-        has_initial_state=np.bool_(problem.has_initial_state),
-        has_segment_ids=np.bool_(problem.has_segment_ids),
-        return_final_state=np.bool_(problem.return_final_state),
     )
 
 
@@ -391,8 +472,9 @@ def _primitive(stage):
     # Outside jit a call compiles itself; bind under jit only traces.
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="problem"))
     mlir.register_lowering(primitive, functools.partial(_lower_default, stage))
-    mlir.register_lowering(primitive, functools.partial(_lower_cuda, stage), platform="cuda")
+    lower_cuda = _lower_step_cuda if stage == "step" else _lower_cuda
+    mlir.register_lowering(primitive, functools.partial(lower_cuda, stage), platform="cuda")
     return primitive
 
 
-_PRIMITIVES = {stage: _primitive(stage) for stage in ("forward", "backward")}
+_PRIMITIVES = {stage: _primitive(stage) for stage in _FFI_TARGETS}

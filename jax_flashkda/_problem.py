@@ -46,11 +46,15 @@ class Problem:
     return_final_state: bool = False
     residual_name: str | None = None
     implementation: Literal["cuda", "xla"] | None = None
-    backward_implementation: Literal["cuda", "xla"] = "xla"  # where the kernels run the forward
     has_A_log: bool = False
     has_dt_bias: bool = False
     has_initial_state: bool = False
     has_segment_ids: bool = False
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of every operand and result by name."""
+        return AXES
 
     @property
     def operand_names(self) -> tuple[str, ...]:
@@ -84,4 +88,79 @@ class Problem:
         sizes = {"N": self.max_segments}
         for name, operand in self.named(operands).items():
             sizes.update(zip(AXES[name], operand.shape, strict=True))
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProblem:
+    """The static description of one decode step, the `Problem` of its one stage, "step".
+
+    Axes: B sequences of their own states; with state_indices R sequences of a pool of S states.
+    A pool belongs to all sequences, so R and S are never split over devices. P is the one row of
+    gate parameters that all sequences share; a vmap over parameters gives each sequence its own.
+    """
+
+    gate: Literal["log_decay", "softplus", "bounded"] = "log_decay"
+    gate_lower_bound: float = -5.0  # read by "bounded" alone
+    beta_is_logits: bool = False
+    allow_neg_eigval: bool = False
+    qk_l2norm: bool = False
+    scale: float = 1.0
+    return_token_states: bool = False
+    implementation: Literal["cuda", "xla"] | None = None
+    has_A_log: bool = False
+    has_dt_bias: bool = False
+    has_state_indices: bool = False
+    parameters_per_sequence: bool = False
+
+    @property
+    def sequences(self) -> str:
+        """The axis of sequences."""
+        return "R" if self.has_state_indices else "B"
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of every operand and result by name."""
+        n = self.sequences
+        parameters = n if self.parameters_per_sequence else "P"
+        return {
+            "q": (n, "T", "H", "K"),
+            "k": (n, "T", "H", "K"),
+            "v": (n, "T", "HV", "V"),
+            "g": (n, "T", "HV", "K"),
+            "beta": (n, "T", "HV"),
+            "A_log": (parameters, "HV"),
+            "dt_bias": (parameters, "HV", "K"),
+            "state": ("S" if self.has_state_indices else "B", "HV", "K", "V"),
+            "state_indices": ("R",),
+            "o": (n, "T", "HV", "V"),
+            "token_states": (n, "T", "HV", "K", "V"),
+        }
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """The operands that are present, in order."""
+        parameters = tuple(n for n in ("A_log", "dt_bias") if getattr(self, f"has_{n}"))
+        indices = ("state_indices",) if self.has_state_indices else ()
+        return ("q", "k", "v", "g", "beta", *parameters, "state", *indices)
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """The results, in order; "state" takes the place of the operand of this name."""
+        return ("o", "state", "token_states") if self.return_token_states else ("o", "state")
+
+    def signature(self, stage):
+        """(operand names, result names), as `Problem.signature`."""
+        del stage
+        return self.operand_names, self.result_names
+
+    def named(self, operands) -> dict[str, object]:
+        """The operands by name."""
+        return dict(zip(self.operand_names, operands, strict=True))
+
+    def sizes(self, operands) -> dict[str, int]:
+        """The size of every axis letter."""
+        sizes = {}
+        for name, operand in self.named(operands).items():
+            sizes.update(zip(self.axes[name], operand.shape, strict=True))
         return sizes

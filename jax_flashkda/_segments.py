@@ -49,18 +49,51 @@ def is_padding(segment_ids, padding_segment_id):
     return padding if padding_segment_id is None else padding | (segment_ids == padding_segment_id)
 
 
-def schedule(T: int, segment_ids=None, padding_segment_id: int | None = 0) -> Schedule:
-    """The schedule of rows of T tokens, one segment a row without `segment_ids` [B, T]."""
-    if segment_ids is None:
-        return Schedule(-(-T // CHUNK), None, T)
+def _edges(segment_ids, padding_segment_id):
+    """[B, T] each: tokens of segments, the first tokens of segments, and the last ones."""
     differs = segment_ids[:, 1:] != segment_ids[:, :-1]
     edge = jnp.ones((segment_ids.shape[0], 1), bool)
     valid = ~is_padding(segment_ids, padding_segment_id)
     begins = valid & jnp.concatenate([edge, differs], axis=1)
     ends = valid & jnp.concatenate([differs, edge], axis=1)
+    return valid, begins, ends
 
+
+def _places(begins):
+    """[B, T] each: the segment of a token and its place in it; anything at padding."""
+    token = jnp.arange(begins.shape[1], dtype=jnp.int32)[None]
+    offset = token - jax.lax.cummax(jnp.where(begins, token, 0), axis=1)
+    return jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1, offset
+
+
+def places(segment_ids, padding_segment_id: int | None = 0):
+    """The segment of each token, counted along its row, and the token's place in it, [B, T] each.
+    Meaningless at padding."""
+    return _places(_edges(segment_ids, padding_segment_id)[1])
+
+
+def extents(segment_ids, padding_segment_id: int | None, N: int):
+    """The first tokens and the lengths of the first N segments of each row, [B, N] each; length 0
+    where there are fewer."""
+    _, begins, ends = _edges(segment_ids, padding_segment_id)
+    T = segment_ids.shape[1]
     token = jnp.arange(T, dtype=jnp.int32)[None]
-    offset = token - jax.lax.cummax(jnp.where(begins, token, 0), axis=1)  # within the segment
+
+    def first_n(marked):  # T where there are fewer
+        found = jnp.sort(jnp.where(marked, token, T), axis=1)[:, :N]
+        return jnp.pad(found, ((0, 0), (0, N - found.shape[1])), constant_values=T)
+
+    start, end = first_n(begins), first_n(ends)
+    return start, jnp.where(start < T, end - start + 1, 0)
+
+
+def schedule(T: int, segment_ids=None, padding_segment_id: int | None = 0) -> Schedule:
+    """The schedule of rows of T tokens, one segment a row without `segment_ids` [B, T]."""
+    if segment_ids is None:
+        return Schedule(-(-T // CHUNK), None, T)
+    valid, begins, ends = _edges(segment_ids, padding_segment_id)
+    token = jnp.arange(T, dtype=jnp.int32)[None]
+    segment, offset = _places(begins)
     starts_chunk = valid & (offset % CHUNK == 0)
     ends_chunk = valid & (ends | (offset % CHUNK == CHUNK - 1))
     # The n-th start and the n-th end belong together; T fills the rest, so that lengths there are
@@ -69,7 +102,6 @@ def schedule(T: int, segment_ids=None, padding_segment_id: int | None = 0) -> Sc
     end = jnp.sort(jnp.where(ends_chunk, token, T), axis=1)
     at = lambda x, t: jnp.take_along_axis(x, jnp.minimum(t, T - 1), axis=1)
     exists = start < T
-    segment = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
     table = Chunk(
         start=start,
         length=jnp.where(exists, end - start + 1, 0),

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from . import _extension
-from ._problem import Problem
+from ._problem import Problem, StepProblem
 
 # Kernels number tokens, heads of rows and state slots with 32 bits; byte offsets are 64-bit.
 _COUNT_LIMIT = 2**31
@@ -17,10 +17,12 @@ _COUNTS = {
     ("B", "HV"): "split the batch",
     ("B", "HV", "N"): "lower max_segments or split the batch",
 }
+# The step has a CTA for each part of a state, and no more than eight parts.
+_STEP_COUNT_LIMIT = 2**28
 
 
 def unsupported_reasons(
-    problem: Problem, operands, compute_capability: str | None = None
+    problem: Problem | StepProblem, operands, compute_capability: str | None = None
 ) -> tuple[str, ...]:
     """Why the kernels cannot run this call; empty if they can.
 
@@ -31,22 +33,47 @@ def unsupported_reasons(
     missing = _extension.missing_reason()
     if missing is not None:
         return (missing,)
-    variants = _extension.variants()
+    is_step = isinstance(problem, StepProblem)
+    variants = _extension.step_variants() if is_step else _extension.variants()
+    mismatches = _step_mismatches if is_step else _mismatches
     capabilities = [compute_capability] if compute_capability else _local_compute_capabilities()
     reasons = []
     for capability in capabilities or [None]:
         compiled = [row for row in variants if capability in (None, _capability(row))]
         if compiled:
-            reasons += _mismatches(problem.named(operands), compiled)
+            reasons += mismatches(problem.named(operands), compiled)
         else:
             known = _listed(_capability(row) for row in variants)
             reasons.append(f"the kernels are for compute capability {known}, not {capability}")
-    sizes = problem.sizes(operands)
+    return tuple(dict.fromkeys([*reasons, *_counts_too_large(problem, problem.sizes(operands))]))
+
+
+def _counts_too_large(problem, sizes):
+    if isinstance(problem, StepProblem):
+        count = sizes[problem.sequences] * sizes["HV"]
+        if count >= _STEP_COUNT_LIMIT:
+            yield f"N * HV is {count}, must be below 2^28: split the batch"
+        return
     for axes, remedy in _COUNTS.items():
         count = int(np.prod([sizes[axis] for axis in axes], dtype=object))
         if count >= _COUNT_LIMIT:
-            reasons.append(f"{' * '.join(axes)} is {count}, must be below 2^31: {remedy}")
-    return tuple(dict.fromkeys(reasons))
+            yield f"{' * '.join(axes)} is {count}, must be below 2^31: {remedy}"
+
+
+def _step_mismatches(named, variants):
+    """What of the step no row takes."""
+    K, V = named["k"].shape[-1], named["v"].shape[-1]
+    same_dims = [row for row in variants if (row["K"], row["V"]) == (K, V)]
+    if not same_dims:
+        dims = _listed(f"K = {row['K']}, V = {row['V']}" for row in variants)
+        yield f"there is no kernel for head dims K = {K}, V = {V} (compiled: {dims})"
+    for name in ("v", "g", "beta", "state"):
+        dtype = np.dtype(named[name].dtype).name
+        kind = "state_dtypes" if name == "state" else "token_dtypes"
+        taken = [x for row in same_dims or variants for x in row[kind]]
+        if dtype not in taken:
+            what = "q, k, v are" if name == "v" else f"{name} is"
+            yield f"{what} {dtype}, the kernels take {_listed(taken)}"
 
 
 def _mismatches(named, variants):

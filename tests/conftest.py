@@ -10,7 +10,6 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
-import call  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -18,18 +17,6 @@ import pytest  # noqa: E402
 # grants a process 65,530 maps: past them the compiler crashes. The whole suite needs more.
 MAPS = pathlib.Path("/proc/self/maps")
 MANY_MAPS = 30_000
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--backward-kernels",
-        action="store_true",
-        help="on a GPU, ask the accuracy promised of gradients from the backward kernels as well",
-    )
-
-
-def pytest_configure(config):
-    call.accuracy_of_backward_kernels = config.getoption("--backward-kernels")
 
 
 def pytest_runtest_teardown():

@@ -1,6 +1,7 @@
 // Answers one line of input, a stage and a call of it as numbers, with one line: the bytes of its
 // workspace and what check_forward or check_backward has to say about it. For the stage "pieces":
-// into how many its rows are cut, and how many tokens each has.
+// into how many its rows are cut, and how many tokens each has. For the stage "step": 0 bytes and
+// what check_step says.
 // tests/test_native_host.py writes the lines. Needs no CUDA.
 #include <cstdint>
 #include <cstdlib>
@@ -62,12 +63,40 @@ BackwardParams parse(std::istream& line) {
   return backward;
 }
 
+StepParams parse_step(std::istream& line) {
+  StepParams p{};
+  StepShape& s = p.shape;
+  for (int64_t* size : {&s.N, &s.T, &s.H, &s.HV, &s.K, &s.V, &s.slots}) {
+    *size = number<int64_t>(line);
+  }
+  for (DType* dtype : {&p.qkv_dtype, &p.g_dtype, &p.beta_dtype, &p.state_dtype}) {
+    *dtype = DType(number<int32_t>(line));
+  }
+  p.gate = Gate(number<int32_t>(line));
+  p.gate_lower_bound = real(line);
+  p.beta_is_logits = number<bool>(line);
+  p.allow_neg_eigval = number<bool>(line);
+  p.scale = real(line);
+  for (const void** operand : {&p.q, &p.k, &p.v, &p.g, &p.beta}) *operand = address<void>(line);
+  p.A_log = address<float>(line);
+  p.dt_bias = address<float>(line);
+  p.state_indices = address<int32_t>(line);
+  for (void** pointer : {&p.state, &p.o, &p.token_states}) *pointer = address<void>(line);
+  return p;
+}
+
 }  // namespace
 
 int main() {
   for (std::string text; std::getline(std::cin, text);) {
     std::istringstream line(text);
     const auto stage = number<std::string>(line);
+    if (stage == "step") {
+      const StepParams params = parse_step(line);
+      if (!line) return EXIT_FAILURE;
+      std::cout << "0 " << check_step(params).message << std::endl;
+      continue;
+    }
     const BackwardParams params = parse(line);
     if (!line) return EXIT_FAILURE;
     const ForwardShape& shape = params.forward.shape;

@@ -11,6 +11,7 @@ EXAMPLES = DOCS.parent / "examples"
 NEEDS = {
     "checkpoints": ["flax", "safetensors"],
     "kimi_linear": ["flax", "safetensors"],
+    "serving": ["flax"],
     "training_at_scale": ["flax"],
 }
 

@@ -207,11 +207,6 @@ REFUSALS = {
         ValueError,
         ["implementation: got 'triton'", "'cuda', 'xla'"],
     ),
-    "backward implementation": (
-        dict(backward_implementation="triton"),
-        ValueError,
-        ["backward_implementation: got 'triton'", "'cuda' or 'xla'"],
-    ),
 }
 
 

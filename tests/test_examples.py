@@ -129,3 +129,47 @@ def test_train_lm_refuses(train, tmp_path, changes, message):
     output, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     assert message in textwrap.fill(output, 10_000)
+
+
+def greedy_by_full_forwards(model, prompt, length):
+    """The likeliest bytes after `prompt`, every one by a forward pass over all that precedes it."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    forward = nnx.jit(lambda model, tokens: model(tokens))
+    window = np.zeros((1, 1 + len(prompt) + length), np.int32)
+    window[0, 1 : 1 + len(prompt)] = list(prompt)
+    for position in range(1 + len(prompt), window.shape[1]):
+        logits = forward(model, window)[0, position - 1]
+        window[0, position] = jnp.argmax(logits.at[0].set(-jnp.inf))
+    return window[0, 1 + len(prompt) :]
+
+
+def test_generated_text_is_that_of_full_forwards(train, tmp_path, monkeypatch):
+    finish(train(tmp_path, steps=6))
+    prompts = ["def f", "x", "    return x + 1\n\ndef f1_2(x):\n" * 3]
+    script = command(EXAMPLES / "generate.py", *prompts, "--length=24", "--temperature=0")
+    ran = subprocess.run(
+        [*script, f"--out={tmp_path}"], capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"prefill: \d+ tokens of 3 prompts, \d+ tokens/s; decode: \d+ tok", ran.stdout)
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import generate
+
+    model = generate.load_model(tmp_path)
+    texts, _, _ = generate.generate(model, [prompt.encode() for prompt in prompts], 24)
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        np.testing.assert_array_equal(text, greedy_by_full_forwards(model, prompt.encode(), 24))
+        lines = (prompt.encode() + bytes(text.tolist())).splitlines()
+        shown = [line[3:] for line in ran.stdout.split("\n") if line.startswith(f"{i}| ")]
+        assert shown == [line.decode(errors="replace") for line in lines]
+
+
+def test_generate_needs_a_checkpoint(tmp_path):
+    for name in ("optax", "orbax.checkpoint", "matplotlib", "tqdm"):
+        pytest.importorskip(name, reason=f"the example needs {name}")
+    script = command(EXAMPLES / "generate.py", f"--out={tmp_path}")
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 1 and "run examples/train_lm.py first" in ran.stderr

@@ -153,18 +153,9 @@ def test_absent_operands_are_left_out(declared_kernels):
     assert operands.count("tensor<") == 5 and results.count("tensor<") == 2
 
 
-def test_the_gradient_runs_the_forward_kernel_and_recomputes_on_xla(declared_kernels):
-    def both(arrays):
-        return attend(arrays), gradient(arrays)
-
-    text = lowered(both, "cuda", inputs())
-    assert 1 <= len(forward_calls(text)) <= 2 and "stablehlo.while" in text
-    assert set(re.findall(r"jax_flashkda\.\w+", text)) == {TARGET}
-
-
 def test_the_gradient_runs_both_kernels(declared_kernels):
     def both(arrays):
-        return attend(arrays), gradient(arrays, backward_implementation="cuda")
+        return attend(arrays), gradient(arrays)
 
     text = lowered(both, "cuda", inputs())
     assert 1 <= len(forward_calls(text)) <= 2 and "stablehlo.while" not in text

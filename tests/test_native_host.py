@@ -43,6 +43,18 @@ NOTHING = {  # no operand has elements
 }
 
 
+# A valid step, likewise.
+STEP_ADDRESSES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "state_indices", "state", "o")
+STEP_ADDRESSES += ("token_states",)
+VALID_STEP = (
+    dict(N=3, T=2, H=2, HV=4, K=128, V=128, slots=7)
+    | dict(qkv_dtype=BF16, g_dtype=F16, beta_dtype=F32, state_dtype=F32)
+    | dict(gate=LOG_DECAY, gate_lower_bound=-5.0, beta_is_logits=0, allow_neg_eigval=0, scale=0.1)
+    | {f"{name}_at": 4096 * (i + 1) for i, name in enumerate(STEP_ADDRESSES)}
+    | dict(A_log_at=0, dt_bias_at=0)
+)
+
+
 class HostProgram:
     """native_host.cc, compiled once; `ask` sends it a call and returns its answer."""
 
@@ -59,8 +71,9 @@ class HostProgram:
         )
 
     def ask(self, stage="forward", **changes):
-        call = VALID | changes
-        assert call.keys() == VALID.keys()
+        valid = VALID_STEP if stage == "step" else VALID
+        call = valid | changes
+        assert call.keys() == valid.keys()
         print(stage, *call.values(), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the program ended: undefined behaviour, see its output"
@@ -231,6 +244,70 @@ def test_no_size_is_too_large_to_be_refused(host, sizes, heads, has_segment_ids,
     """The sanitizer ends the program where the checks themselves overflow."""
     message = host.ask(stage, **sizes, HV=heads, has_segment_ids=int(has_segment_ids))[1]
     assert message
+
+
+# The decode step
+
+STEP_FAULTS = [
+    (dict(N=-1), "N is -1, must not be negative"),
+    (dict(T=0), "T is 0, must lie in [1, 8]"),
+    (dict(T=9), "T is 9, must lie in [1, 8]"),
+    (dict(H=0), "H is 0, must be positive"),
+    (dict(HV=3), "HV is 3, must be a positive multiple of H = 2"),
+    (dict(slots=-1), "slots is -1"),
+    (dict(state_indices_at=0), "slots is 7, must be N = 3 without state_indices"),
+    (dict(N=2**27, HV=2), "must be below 2^28: split the batch"),
+    (dict(K=64), "K = 64, V = 128 has no kernel (compiled: K = 128, V = 128 or K = 64, V = 64)"),
+    (dict(state_dtype=F16), "state is f16, the kernels take f32, bf16"),
+    (dict(qkv_dtype=9), "q, k, v are unknown type, the kernels take bf16, f16, f32"),
+    (dict(gate=SOFTPLUS), "A_log is missing"),
+    (dict(dt_bias_at=4096), "dt_bias was given, but gate log_decay reads none"),
+    (dict(gate=BOUNDED, gate_lower_bound=1), "gate_lower_bound is 1, must lie in [-5, 0)"),
+    (dict(allow_neg_eigval=1), "allow_neg_eigval needs beta_is_logits"),
+    (dict(scale="nan"), "scale is nan"),
+    (dict(state_at=8), "state is not aligned to 16 bytes"),
+    (dict(token_states_at=8), "token_states is not aligned to 16 bytes"),
+    *missing_or_unaligned(["q", "k", "v", "g", "state", "o"]),
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(K=64, V=64, state_dtype=BF16),
+        dict(state_indices_at=0, slots=3),
+        dict(token_states_at=0),
+        dict(slots=0, state_at=0),
+        dict(N=0) | {f"{name}_at": 0 for name in ("q", "k", "v", "g", "beta", "state", "o")},
+        dict(N=0, gate=SOFTPLUS),
+        dict(N=2**26 - 1),
+    ],
+)
+def test_valid_steps_pass(host, changes):
+    assert host.ask("step", **changes)[1] == ""
+
+
+@pytest.mark.parametrize("changes, text", STEP_FAULTS, ids=str)
+def test_each_fault_of_a_step_is_refused_by_name(host, changes, text):
+    message = host.ask("step", **changes)[1]
+    assert message.startswith("jax_flashkda.step: ")
+    assert text in message
+
+
+def test_all_faults_of_a_step_are_told_at_once(host):
+    message = host.ask("step", T=9, HV=3, scale="nan", q_at=8)[1]
+    assert all(text in message for text in ("T is 9", "HV is 3", "scale is nan", "q is not"))
+
+
+@given(
+    sizes=st.fixed_dictionaries(
+        {name: st.integers(-(2**63), 2**63 - 1) for name in ("N", "T", "H", "HV", "K", "slots")}
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_size_of_a_step_is_too_large_to_be_refused(host, sizes):
+    assert host.ask("step", **sizes)[1]
 
 
 # Workspace
@@ -530,3 +607,94 @@ def test_handler_applies_the_native_checks(stage):
 def test_a_valid_call_works_after_a_refused_one(stage):
     refusal(stage=stage, gate=np.int32(3))
     call_handler(stage=stage)
+
+
+# The step's handler
+
+N_STEP = 3
+STEP_OPERANDS = {
+    "q": ((N_STEP, 2, H, K), "bfloat16"),
+    "k": ((N_STEP, 2, H, K), "bfloat16"),
+    "v": ((N_STEP, 2, HV, V), "bfloat16"),
+    "g": ((N_STEP, 2, HV, K), "float32"),
+    "beta": ((N_STEP, 2, HV), "bfloat16"),
+    "A_log": ((1, HV), "float32"),
+    "dt_bias": ((1, HV, K), "float32"),
+    "state": ((7, HV, K, V), "bfloat16"),
+    "state_indices": ((N_STEP,), "int32"),
+}
+STEP_RESULTS = {
+    "o": ((N_STEP, 2, HV, V), "bfloat16"),
+    "state": ((7, HV, K, V), "bfloat16"),
+    "token_states": ((N_STEP, 2, HV, K, V), "bfloat16"),
+}
+STEP_ATTRIBUTES = {
+    name: ATTRIBUTES[name]
+    for name in ("gate", "gate_lower_bound", "beta_is_logits", "allow_neg_eigval")
+    + ("qk_l2norm", "scale", "has_A_log", "has_dt_bias")
+} | {
+    name: np.bool_(value)
+    for name, value in dict(
+        has_state_indices=True, return_token_states=True, parameters_per_sequence=False
+    ).items()
+}
+
+
+def call_step_handler(operands=None, results=None, in_place=True, **attributes):
+    operands, results = STEP_OPERANDS | (operands or {}), STEP_RESULTS | (results or {})
+    operands = {name: spec for name, spec in operands.items() if spec is not None}
+    results = {name: spec for name, spec in results.items() if spec is not None}
+    out = [jax.ShapeDtypeStruct(*spec) for spec in results.values()]
+    aliases = {list(operands).index("state"): 1} if in_place else {}
+    attributes = STEP_ATTRIBUTES | attributes
+
+    def program():
+        arrays = [jnp.zeros(*spec) for spec in operands.values()]
+        call = jax.ffi.ffi_call(checking_targets()["step"], out, input_output_aliases=aliases)
+        return call(*arrays, **attributes)
+
+    return jax.block_until_ready(jax.jit(program)())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(results=dict(token_states=None), return_token_states=np.bool_(False)),
+        dict(
+            operands=dict(A_log=((N_STEP, HV), "float32"), dt_bias=((N_STEP, HV, K), "float32")),
+            parameters_per_sequence=np.bool_(True),
+        ),
+        dict(
+            operands=dict(state_indices=None, state=((N_STEP, HV, K, V), "bfloat16")),
+            results=dict(state=((N_STEP, HV, K, V), "bfloat16")),
+            has_state_indices=np.bool_(False),
+        ),
+    ],
+    ids=["all", "no token states", "parameters per sequence", "no pool"],
+)
+def test_the_step_handler_takes(changes):
+    call_step_handler(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (dict(in_place=False), "state is not updated in place"),
+        (dict(operands=dict(A_log=((N_STEP, HV), "float32"))), "A_log has shape [3, 4], expected"),
+        (dict(operands=dict(state_indices=((N_STEP,), "float32"))), "state_indices is float32"),
+        (dict(operands=dict(state_indices=((4,), "int32"))), "state_indices has shape [4]"),
+        (dict(operands=dict(state_indices=None)), "state_indices is missing from the operands"),
+        (dict(results=dict(token_states=None)), "token_states is missing from the results"),
+        (dict(results=dict(o=((N_STEP, 2, HV, V), "float32"))), "o has another dtype than v"),
+        (dict(return_token_states=np.bool_(False)), "got 3 results, expected 2"),
+        (dict(operands=dict(k=((N_STEP, 1, H, K), "bfloat16"))), "k has shape [3, 1, 2, 128]"),
+        (dict(operands=dict(extra=((1,), "float32"))), "got 10 operands, expected 9"),
+        (dict(unknown=np.int32(1)), "got 12 attributes, expected 11"),
+        (dict(scale=np.float32("nan")), "jax_flashkda.step: scale is nan"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_the_step_handler_refuses(changes, text):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(text)):
+        call_step_handler(**changes)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from call import checks_gradients, for_implementation, run
+from call import for_implementation, run
 from cases import Case, layout, runs
 from hypothesis import strategies as st
 from oracle import check
@@ -45,7 +45,7 @@ def test_layouts(name, implementation):
     rows = [LAYOUTS[name], LAYOUTS[name][::-1]]
     case = packed(rows, max_segments=3, **GATED, **STATES)
     case = for_implementation(case, implementation)
-    check(case, run(case, implementation, gradients=checks_gradients(implementation), quickly=True))
+    check(case, run(case, implementation, quickly=True))
 
 
 def test_padding_id_none_makes_zero_ordinary(implementation):
@@ -53,7 +53,7 @@ def test_padding_id_none_makes_zero_ordinary(implementation):
     case = for_implementation(
         packed(rows, max_segments=4, padding_segment_id=None, **STATES), implementation
     )
-    check(case, run(case, implementation, gradients=checks_gradients(implementation), quickly=True))
+    check(case, run(case, implementation, quickly=True))
 
 
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
@@ -119,7 +119,7 @@ def test_random_layouts_on_the_gpu(seed):
     rng = np.random.default_rng(seed)
     case = packed([layout(rng, T), layout(rng, T)], max_segments=4, seed=seed, **GATED, **STATES)
     case = for_implementation(case, "cuda")
-    check(case, run(case, "cuda", gradients=checks_gradients("cuda")))
+    check(case, run(case, "cuda"))
 
 
 def test_no_tokens(implementation):
@@ -253,7 +253,7 @@ def test_segments_without_a_slot(implementation):
     """
     rows = [list(np.repeat(np.arange(1, 11), 20)), LAYOUTS["on chunk edges"]]
     case = for_implementation(packed(rows, max_segments=2, **GATED, **STATES), implementation)
-    check(case, run(case, implementation, gradients=checks_gradients(implementation), quickly=True))
+    check(case, run(case, implementation, quickly=True))
 
 
 def test_rows_swap(implementation):

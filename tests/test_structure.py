@@ -20,14 +20,17 @@ FLOORS = {
     "_segments": 0,
     "_problem": 0,
     "_packing_stream": 1,
+    "_validation": 0,
     "_chunked": 1,
     "_support": 1,
-    "_primitives": 2,
-    "_vjp": 3,
-    "_kda": 4,
-    "_short_conv": 4,
-    "_layer": 5,
-    "checkpoints": 6,
+    "_recurrent": 2,
+    "_primitives": 3,
+    "_vjp": 4,
+    "_kda": 5,
+    "_step": 5,
+    "_short_conv": 5,
+    "_layer": 6,
+    "checkpoints": 7,
 }
 
 

@@ -13,6 +13,8 @@ namespace jax_flashkda {
 namespace {
 
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
+// The step's grid has up to eight CTAs for a state.
+constexpr int64_t kMaxStepStates = int64_t{1} << 28;
 
 // Collects every mismatch of a call, so that one error tells all of them.
 class Problems {
@@ -80,15 +82,16 @@ void check_variant(const ForwardParams& p, Problems& problems) {
                " has no kernel (compiled: ", supported, "); the XLA implementation takes it");
 }
 
-void check_options(const ForwardParams& p, Problems& problems) {
+// Of a ForwardParams or a StepParams; `rows` is how many rows of gate parameters there are.
+template <class Params>
+void check_options(const Params& p, int64_t rows, Problems& problems) {
   switch (p.gate) {
     case Gate::kLogDecay:
       if (p.A_log != nullptr) problems.add("A_log was given, but gate log_decay reads none");
       if (p.dt_bias != nullptr) problems.add("dt_bias was given, but gate log_decay reads none");
       break;
     case Gate::kSoftplus:
-      if (p.A_log == nullptr && p.shape.B > 0)
-        problems.add("A_log is missing: gate softplus needs it");
+      if (p.A_log == nullptr && rows > 0) problems.add("A_log is missing: gate softplus needs it");
       break;
     case Gate::kBounded:
       if (!(p.gate_lower_bound >= -5.0f && p.gate_lower_bound < 0.0f))
@@ -161,6 +164,57 @@ void check_gradient_pointers(const BackwardParams& p, Problems& problems) {
                  16);
 }
 
+void check_step_shape(const StepShape& s, Problems& problems) {
+  if (s.N < 0) problems.add("N is ", s.N, ", must not be negative");
+  if (s.T < 1 || s.T > kMostStepTokens)
+    problems.add("T is ", s.T, ", must lie in [1, ", kMostStepTokens, "]");
+  if (s.H <= 0) problems.add("H is ", s.H, ", must be positive");
+  if (s.HV <= 0 || (s.H > 0 && s.HV % s.H != 0))
+    problems.add("HV is ", s.HV, ", must be a positive multiple of H = ", s.H);
+  if (s.slots < 0) problems.add("slots is ", s.slots, ", must not be negative");
+  if (s.N > 0 && s.HV > (kMaxStepStates - 1) / s.N)
+    problems.add("N * HV is ", s.N, " * ", s.HV, ", must be below 2^28: split the batch");
+}
+
+void check_step_variant(const StepParams& p, Problems& problems) {
+  std::string supported;
+  for (const StepVariant& v : compiled_step_variants()) {
+    if (v.K == p.shape.K && v.V == p.shape.V) {
+      const auto check = [&](const char* what, DType dtype, const std::vector<DType>& taken) {
+        if (!contains(taken, dtype))
+          problems.add(what, " ", name(dtype), ", the kernels take ", names(taken));
+      };
+      check("q, k, v are", p.qkv_dtype, v.token_dtypes);
+      check("g is", p.g_dtype, v.token_dtypes);
+      check("beta is", p.beta_dtype, v.token_dtypes);
+      check("state is", p.state_dtype, v.state_dtypes);
+      return;
+    }
+    std::ostringstream row;
+    row << "K = " << v.K << ", V = " << v.V;
+    supported += (supported.empty() ? "" : " or ") + row.str();
+  }
+  problems.add("K = ", p.shape.K, ", V = ", p.shape.V, " has no kernel (compiled: ", supported,
+               "); the XLA implementation takes it");
+}
+
+void check_step_pointers(const StepParams& p, Problems& problems) {
+  const bool tokens = p.shape.N > 0;
+  check_pointer("q", p.q, tokens, 16, problems);
+  check_pointer("k", p.k, tokens, 16, problems);
+  check_pointer("v", p.v, tokens, 16, problems);
+  check_pointer("g", p.g, tokens, 16, problems);
+  check_pointer("beta", p.beta, tokens, 4, problems);
+  check_pointer("A_log", p.A_log, false, 4, problems);
+  check_pointer("dt_bias", p.dt_bias, false, 16, problems);
+  check_pointer("state_indices", p.state_indices, false, 4, problems);
+  if (p.state_indices == nullptr && p.shape.slots != p.shape.N)
+    problems.add("slots is ", p.shape.slots, ", must be N = ", p.shape.N, " without state_indices");
+  check_pointer("state", p.state, tokens && p.shape.slots > 0, 16, problems);
+  check_pointer("o", p.o, tokens, 16, problems);
+  check_pointer("token_states", p.token_states, false, 16, problems);
+}
+
 // Zero for shapes that are refused.
 template <class Layout>
 int64_t workspace_bytes(const ForwardShape& shape, Layout layout) {
@@ -186,11 +240,13 @@ const char* name(DType dtype) {
 
 std::vector<Variant> variants() { return compiled_variants(); }
 
+std::vector<StepVariant> step_variants() { return compiled_step_variants(); }
+
 Status check_forward(const ForwardParams& params) {
   Problems problems;
   check_shape(params.shape, problems);
   check_variant(params, problems);
-  check_options(params, problems);
+  check_options(params, params.shape.B, problems);
   check_input_pointers(params, problems);
   check_output_pointers(params, problems);
   return problems.status("jax_flashkda.forward");
@@ -200,10 +256,19 @@ Status check_backward(const BackwardParams& params) {
   Problems problems;
   check_shape(params.forward.shape, problems);
   check_variant(params.forward, problems);
-  check_options(params.forward, problems);
+  check_options(params.forward, params.forward.shape.B, problems);
   check_input_pointers(params.forward, problems);
   check_gradient_pointers(params, problems);
   return problems.status("jax_flashkda.backward");
+}
+
+Status check_step(const StepParams& params) {
+  Problems problems;
+  check_step_shape(params.shape, problems);
+  check_step_variant(params, problems);
+  check_options(params, params.shape.N, problems);
+  check_step_pointers(params, problems);
+  return problems.status("jax_flashkda.step");
 }
 
 int64_t forward_workspace_bytes(const ForwardShape& shape) {

@@ -88,4 +88,10 @@ Status backward(const BackwardParams& given, CUstream_st* stream) {
   return {};
 }
 
+Status step(const StepParams& params, CUstream_st* stream) {
+  if (Status status = check_step(params); !status.ok()) return status;
+  if (params.shape.N == 0) return {};
+  return sm90::launch_decode_step(params, stream);
+}
+
 }  // namespace jax_flashkda

@@ -23,12 +23,24 @@ struct Variant {
 
 std::vector<Variant> variants();
 
+// The same of the decode step.
+struct StepVariant {
+  int arch;
+  int64_t K;
+  int64_t V;
+  std::vector<DType> token_dtypes;  // of q, k, v and o, of g, of beta
+  std::vector<DType> state_dtypes;
+};
+
+std::vector<StepVariant> step_variants();
+
 const char* name(DType dtype);  // "f32", "bf16", "f16"
 
 // Every refusal that needs no GPU: dimensions, types, alignment, ranges, missing or contradictory
 // operands. Reads no memory behind the pointers.
 Status check_forward(const ForwardParams& params);
 Status check_backward(const BackwardParams& params);
+Status check_step(const StepParams& params);
 
 // Bytes of ForwardParams::workspace for either; zero for shapes that the checks refuse.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
@@ -42,5 +54,6 @@ Status initialize(int device);
 // captured.
 Status forward(const ForwardParams& params, CUstream_st* stream);
 Status backward(const BackwardParams& params, CUstream_st* stream);
+Status step(const StepParams& params, CUstream_st* stream);
 
 }  // namespace jax_flashkda

@@ -12,4 +12,10 @@ inline std::vector<Variant> compiled_variants() {
   };
 }
 
+inline std::vector<StepVariant> compiled_step_variants() {
+  const std::vector<DType> tokens = {DType::kBF16, DType::kF16, DType::kF32};
+  const std::vector<DType> states = {DType::kF32, DType::kBF16};
+  return {{90, 128, 128, tokens, states}, {90, 64, 64, tokens, states}};
+}
+
 }  // namespace jax_flashkda

@@ -10,6 +10,8 @@
 //           results   o [final_state] workspace            ([..]: told present by an attribute)
 // backward: operands  those of the forward, d_o [d_final_state]
 //           results   dq dk dv dg d_beta [dA_log] [d_dt_bias] [d_initial_state] workspace
+// step:     operands  q k v g beta [A_log] [dt_bias] state [state_indices]
+//           results   o state [token_states]               (the state's memory is the operand's)
 
 #include "ffi/handlers.h"
 
@@ -37,6 +39,7 @@ namespace ffi = xla::ffi;
 
 constexpr char kForward[] = "jax_flashkda.forward";
 constexpr char kBackward[] = "jax_flashkda.backward";
+constexpr char kStep[] = "jax_flashkda.step";
 
 // A call whose operands, results or attributes are not what the target takes.
 struct InvalidCall : std::runtime_error {
@@ -187,7 +190,9 @@ class AttributeReader {
   size_t read_ = 0;
 };
 
-void read_attributes(AttributeReader& attributes, ForwardParams& params) {
+// The options that forward, backward and step share.
+template <class Params>
+void read_options(AttributeReader& attributes, Params& params) {
   const int32_t gate = attributes.get<int32_t>("gate");
   if (gate < 0 || gate > static_cast<int32_t>(Gate::kBounded)) {
     refuse("attribute gate is " + std::to_string(gate) +
@@ -199,6 +204,10 @@ void read_attributes(AttributeReader& attributes, ForwardParams& params) {
   params.allow_neg_eigval = attributes.get<bool>("allow_neg_eigval");
   params.qk_l2norm = attributes.get<bool>("qk_l2norm");
   params.scale = attributes.get<float>("scale");
+}
+
+void read_attributes(AttributeReader& attributes, ForwardParams& params) {
+  read_options(attributes, params);
   params.has_padding_segment_id = attributes.get<bool>("has_padding_segment_id");
   params.padding_segment_id = attributes.get<int32_t>("padding_segment_id");
   params.shape.N = attributes.get<int64_t>("max_segments");
@@ -372,6 +381,98 @@ BackwardParams read_backward(Call call) {
   return params;
 }
 
+// q, k, v, g, beta of a step, and its sizes.
+void read_step_data(OperandReader& operands, StepParams& params) {
+  const Operand q = operands.next("q"), k = operands.next("k"), v = operands.next("v");
+  const Operand g = operands.next("g"), beta = operands.next("beta");
+  q.expect_rank(4);
+  v.expect_rank(4);
+  StepShape& s = params.shape;
+  s.N = q.dim(0), s.T = q.dim(1), s.H = q.dim(2), s.K = q.dim(3);
+  s.HV = v.dim(2), s.V = v.dim(3);
+  k.expect_shape("[N, T, H, K]", {s.N, s.T, s.H, s.K});
+  v.expect_shape("[N, T, HV, V]", {s.N, s.T, s.HV, s.V});
+  g.expect_shape("[N, T, HV, K]", {s.N, s.T, s.HV, s.K});
+  beta.expect_shape("[N, T, HV]", {s.N, s.T, s.HV});
+  params.qkv_dtype = q.float_dtype();
+  k.expect_dtype(q.dtype());
+  v.expect_dtype(q.dtype());
+  params.g_dtype = g.float_dtype();
+  params.beta_dtype = beta.float_dtype();
+  params.q = q.data<void>();
+  params.k = k.data<void>();
+  params.v = v.data<void>();
+  params.g = g.data<void>();
+  params.beta = beta.data<void>();
+}
+
+// One row of gate parameters for all sequences, or one for each.
+void read_step_parameters(Call& call, StepParams& params) {
+  const StepShape& s = params.shape;
+  const bool has_A_log = call.attributes.get<bool>("has_A_log");
+  const bool has_dt_bias = call.attributes.get<bool>("has_dt_bias");
+  params.parameters_per_sequence = call.attributes.get<bool>("parameters_per_sequence");
+  const int64_t rows = params.parameters_per_sequence ? s.N : 1;
+  if (has_A_log) {
+    const Operand A_log = call.operands.next("A_log");
+    A_log.expect_dtype(ffi::F32);
+    A_log.expect_shape("[P, HV]", {rows, s.HV});
+    params.A_log = A_log.data<float>();
+  }
+  if (has_dt_bias) {
+    const Operand dt_bias = call.operands.next("dt_bias");
+    dt_bias.expect_dtype(ffi::F32);
+    dt_bias.expect_shape("[P, HV, K]", {rows, s.HV, s.K});
+    params.dt_bias = dt_bias.data<float>();
+  }
+}
+
+// The operand and the result, which XLA gives one memory because the program asks it to. States
+// that the kernel does not write would be lost if it had not.
+void read_step_state(Call& call, const Operand& given, StepParams& params) {
+  StepShape& s = params.shape;
+  given.expect_rank(4);
+  s.slots = given.dim(0);
+  given.expect_shape("[slots, HV, K, V]", {s.slots, s.HV, s.K, s.V});
+  params.state_dtype = given.float_dtype();
+  const Operand state = call.results.next("state");
+  state.expect_dtype(given.dtype());
+  state.expect_shape("[slots, HV, K, V]", {s.slots, s.HV, s.K, s.V});
+  params.state = state.data<void>();
+  if (given.data<void>() != params.state)
+    refuse("state is not updated in place: operand and result have different memory");
+}
+
+StepParams read_step(Call call) {
+  StepParams params{};
+  read_options(call.attributes, params);
+  read_step_data(call.operands, params);
+  read_step_parameters(call, params);
+  const StepShape& s = params.shape;
+  const Operand o = call.results.next("o");
+  o.expect_shape("[N, T, HV, V]", {s.N, s.T, s.HV, s.V});
+  if (o.float_dtype() != params.qkv_dtype) refuse("o has another dtype than v");
+  params.o = o.data<void>();
+  const Operand state = call.operands.next("state");
+  read_step_state(call, state, params);
+  if (call.attributes.get<bool>("has_state_indices")) {
+    const Operand indices = call.operands.next("state_indices");
+    indices.expect_dtype(ffi::S32);
+    indices.expect_shape("[N]", {s.N});
+    params.state_indices = indices.data<int32_t>();
+  }
+  if (call.attributes.get<bool>("return_token_states")) {
+    const Operand token_states = call.results.next("token_states");
+    token_states.expect_dtype(state.dtype());
+    token_states.expect_shape("[N, T, HV, K, V]", {s.N, s.T, s.HV, s.K, s.V});
+    params.token_states = token_states.data<void>();
+  }
+  call.expect_end();
+  const Status status = check_step(params);
+  if (!status.ok()) throw RefusedCall(status.message);
+  return params;
+}
+
 // Runs `body` and turns whatever it throws into an error that names the target.
 template <typename Body>
 ffi::Error guarded(const char* target, Body body) {
@@ -417,6 +518,13 @@ ffi::Error execute_backward(CUstream_st* stream, ffi::RemainingArgs args, ffi::R
   });
 }
 
+ffi::Error execute_step(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                        ffi::Dictionary attributes) {
+  return guarded(kStep, [&] {
+    return to_error(step(read_step({args, rets, attributes}), stream));
+  });
+}
+
 ffi::Error only_check_forward(ffi::RemainingArgs args, ffi::RemainingRets rets,
                               ffi::Dictionary attributes) {
   return guarded(kForward, [&] {
@@ -429,6 +537,14 @@ ffi::Error only_check_backward(ffi::RemainingArgs args, ffi::RemainingRets rets,
                                ffi::Dictionary attributes) {
   return guarded(kBackward, [&] {
     read_backward({args, rets, attributes});
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error only_check_step(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           ffi::Dictionary attributes) {
+  return guarded(kStep, [&] {
+    read_step({args, rets, attributes});
     return ffi::Error::Success();
   });
 }
@@ -458,6 +574,17 @@ XLA_FFI_DEFINE_HANDLER(kBackwardHandler, execute_backward,
                            .Attrs(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kStepHandler, execute_step,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kStepCheckingHandler, only_check_step,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
 XLA_FFI_DEFINE_HANDLER(kForwardCheckingHandler, only_check_forward,
                        ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
 
@@ -472,6 +599,8 @@ std::vector<Handler> handlers() {
       {kForward, "execute", reinterpret_cast<void*>(kForwardHandler)},
       {kBackward, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
       {kBackward, "execute", reinterpret_cast<void*>(kBackwardHandler)},
+      {kStep, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
+      {kStep, "execute", reinterpret_cast<void*>(kStepHandler)},
   };
 }
 
@@ -479,6 +608,7 @@ std::vector<Handler> checking_handlers() {
   return {
       {kForward, "execute", reinterpret_cast<void*>(kForwardCheckingHandler)},
       {kBackward, "execute", reinterpret_cast<void*>(kBackwardCheckingHandler)},
+      {kStep, "execute", reinterpret_cast<void*>(kStepCheckingHandler)},
   };
 }
 

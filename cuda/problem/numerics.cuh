@@ -30,9 +30,20 @@ __device__ __forceinline__ float beta_value(float beta, bool is_logits, bool all
 
 // The backward divides by beta. What it takes for zero instead changes nothing above rounding. A NaN
 // stays one.
+inline constexpr float kSmallestBeta = 0x1p-60f;
 __device__ __forceinline__ float nonzero_beta(float beta) {
-  constexpr float kSmallest = 0x1p-60f;
-  return fabsf(beta) < kSmallest ? copysignf(kSmallest, beta) : beta;
+  return fabsf(beta) < kSmallestBeta ? copysignf(kSmallestBeta, beta) : beta;
+}
+
+// beta of a token and value head, from the raw word that holds it.
+__device__ __forceinline__ uint32_t load_beta_word(const ForwardParams& p, int64_t at) {
+  return p.beta_dtype == DType::kBF16 ? load_early(static_cast<const uint16_t*>(p.beta) + at)
+                                      : load_early(static_cast<const uint32_t*>(p.beta) + at);
+}
+__device__ __forceinline__ float beta_from_word(const ForwardParams& p, uint32_t word) {
+  const float raw = __uint_as_float(p.beta_dtype == DType::kBF16 ? word << 16 : word);
+  const float beta = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
+  return p.nonzero_beta ? nonzero_beta(beta) : beta;
 }
 
 // 16-byte piece `piece` of row `row` in a tile whose 128-byte rows are swizzled as the tensor cores

@@ -78,4 +78,46 @@ struct BackwardParams {
   float* d_initial_state;  // [B, N, HV, K, V]  null where the call has no initial_state
 };
 
+struct StepShape {
+  int64_t N;      // sequences
+  int64_t T;      // tokens of each, 1 to kMostStepTokens
+  int64_t H;      // query/key heads
+  int64_t HV;     // value heads, a multiple of H
+  int64_t K;      // key dim
+  int64_t V;      // value dim
+  int64_t slots;  // states in the pool; N without state_indices
+};
+
+inline constexpr int64_t kMostStepTokens = 8;
+
+// One decode step: a few tokens of every sequence, token by token, the states in place.
+struct StepParams {
+  StepShape shape;
+
+  DType qkv_dtype;  // q, k, v, o
+  DType g_dtype;
+  DType beta_dtype;
+  DType state_dtype;  // state, token_states: f32 or bf16
+
+  const void* q;                 // [N, T, H, K]
+  const void* k;                 // [N, T, H, K]
+  const void* v;                 // [N, T, HV, V]
+  const void* g;                 // [N, T, HV, K]
+  const void* beta;              // [N, T, HV]
+  const float* A_log;            // [P, HV]              may be null
+  const float* dt_bias;          // [P, HV, K]           may be null
+  const int32_t* state_indices;  // [N]                  may be null: sequence n has state n
+  void* state;                   // [slots, HV, K, V]    read and written
+  void* o;                       // [N, T, HV, V]
+  void* token_states;            // [N, T, HV, K, V]     may be null: not wanted
+
+  Gate gate;
+  float gate_lower_bound;
+  bool beta_is_logits;
+  bool allow_neg_eigval;
+  bool qk_l2norm;
+  bool parameters_per_sequence;  // P is N; else 1
+  float scale;
+};
+
 }  // namespace jax_flashkda

@@ -66,7 +66,7 @@ enum OperandTile {
   kTileKDecayed = 0,   // k exp(G), channels 0 .. 63, then 64 .. 127
   kTileQDecayed = 2,   // q exp(G)
   kTileKRestored = 4,  // k exp(G_C - G)
-  kTileAkkInv = 6,     // (I + A_kk)^-1 Diag(beta)
+  kTileAkkInv = 6,     // (I + A_kk)^-1
   kTileAqk = 7,        // A_qk without the scale
   kOperandTiles = 8,
 };

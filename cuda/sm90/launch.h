@@ -47,4 +47,7 @@ Status launch_chunk_gradient(const BackwardParams& params, const BackwardWorkspa
 Status launch_gradient_reduce(const BackwardParams& params, const BackwardWorkspace& workspace,
                               CUstream_st* stream);
 
+// The decode step.
+Status launch_decode_step(const StepParams& params, CUstream_st* stream);
+
 }  // namespace jax_flashkda::sm90

@@ -66,6 +66,7 @@ struct Config {
     uint8_t rows[kValueTiles][8192];  // [token] rows of a warpgroup's 64 columns of v or d_o,
                                       // swizzled; then the rows of a result
     float chunk_decay[kHeadDim];
+    float beta[kChunk];
     ChunkHeader header;
   };
 
@@ -190,8 +191,8 @@ __device__ __forceinline__ void load_operands(typename Config::Shared& s, const 
       });
 }
 
-// Three warps: the rows of v or d_o, [B, T, HV, V], and zeros behind the end of a short chunk, in
-// every tile: what multiplies them must be finite.
+// Three warps: the rows of v or d_o, [B, T, HV, V], beta, and zeros behind the end of a short chunk,
+// in every tile: what multiplies them must be finite.
 template <class Config>
 __device__ __forceinline__ void load_rows(typename Config::Shared& s, const ForwardParams& p,
                                           const ForwardWorkspace& w, const void* source,
@@ -199,6 +200,9 @@ __device__ __forceinline__ void load_rows(typename Config::Shared& s, const Forw
   constexpr int kPieces = 8 * Config::kValueTiles;  // 16-byte pieces of a row
   Ring<Config::kStages> ring(1);
   for_each_chunk<Config>(p, w, share, [&](const ChunkHeader& header, int64_t, int64_t) {
+    const bool has_beta = thread < header.length;
+    const uint32_t beta =  // on its way while the thread waits
+        has_beta ? load_beta_word(p, (header.token + thread) * p.shape.HV + header.head) : 0;
     mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
     typename Config::Stage& to = s.stages[ring.stage];
     if (header.length > 0) {
@@ -221,8 +225,9 @@ __device__ __forceinline__ void load_rows(typename Config::Shared& s, const Forw
               make_uint4(0, 0, 0, 0);
       fence_async_shared();  // these zeros, before the tensor cores read them
     }
+    if (thread < kChunk) to.beta[thread] = has_beta ? beta_from_word(p, beta) : 0.0f;
     mbarrier_arrive_after_async_loads(&s.full[ring.stage]);  // the rows
-    mbarrier_arrive(&s.full[ring.stage]);                    // the zeros
+    mbarrier_arrive(&s.full[ring.stage]);                    // the zeros and beta
     ring.advance();
   });
 }
@@ -398,16 +403,27 @@ __device__ __forceinline__ void load_rows_transposed(uint32_t (&values)[4][4], c
     load_matrices_transposed(values[step], from + 16 * step * 128);
 }
 
-// R = V - P, rounded to the register operand of the next product.
+// beta of the thread's tokens among accumulators' columns 8 group .. 8 group + 7.
+__device__ __forceinline__ float2 load_betas(const float* beta, int group, const Place& at) {
+  return *reinterpret_cast<const float2*>(&beta[8 * group + 2 * (at.lane & 3)]);
+}
+
+// R = Diag(beta) (V - P), rounded to the register operand of the next product.
 __device__ __forceinline__ void subtract_projection(uint32_t (&r)[16],
                                                     const uint32_t (&values)[4][4],
-                                                    const float (&projected)[32]) {
+                                                    const float (&projected)[32],
+                                                    const float* beta, const Place& at) {
 #pragma unroll
-  for (int step = 0; step < 4; ++step)
+  for (int group = 0; group < 8; ++group) {
+    const float2 b = load_betas(beta, group, at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      r[4 * step + i] = pack_bf16(bf16_low(values[step][i]) - projected[8 * step + 2 * i],
-                                  bf16_high(values[step][i]) - projected[8 * step + 2 * i + 1]);
+    for (int h = 0; h < 2; ++h) {
+      const int i = 2 * group + h;
+      const uint32_t v = values[i / 4][i % 4];
+      r[i] = pack_bf16(b.x * (bf16_low(v) - projected[2 * i]),
+                       b.y * (bf16_high(v) - projected[2 * i + 1]));
+    }
+  }
 }
 
 // Transposed [64 V x 64 tokens], packed, to rows [B, T, HV, V] of the result. Through shared

@@ -1,7 +1,7 @@
 // Each thing that chunk_prepare leaves in the workspace against its formula in float64, chunk by
 // chunk and element by element:
 //
-//   k exp(G), q exp(G), k exp(G_C - G), exp(G_C), A_qk, (I + A_kk)^-1 Diag(beta)
+//   k exp(G), q exp(G), k exp(G_C - G), exp(G_C), A_qk, (I + A_kk)^-1
 //
 // The limits are what one rounding to bf16 of each factor and of the result can do, carried through
 // the formula: they grow with the data, never with the error. Prints a line a case with the largest
@@ -123,10 +123,10 @@ Expected formula(const Call& call, int64_t row, int64_t start, int n, int64_t he
   e.A_kk_inv.resize(n * n), e.A_kk_inv_limit.resize(n * n);
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < n; ++j) {
-      e.A_kk_inv[i * n + j] = inverse[i * n + j] * beta[j];
+      e.A_kk_inv[i * n + j] = inverse[i * n + j];
       e.A_kk_inv_limit[i * n + j] =
           j > i ? 0.0
-                : (1.5 * moved[i * n + j] + 1.05 * kRounding * sizes[i * n + j] + 1e-6) * beta[j];
+                : 1.5 * moved[i * n + j] + 1.05 * kRounding * sizes[i * n + j] + 1e-6;
     }
   return e;
 }

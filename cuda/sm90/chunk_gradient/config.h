@@ -30,6 +30,7 @@ struct Item {
   int32_t length = 0;  // 0: there is none
   int32_t segment = -1;
   bool first = true, last = true;
+  bool at_caller_state = false;  // starts from initial_state or ends in d_final_state
 
   __device__ bool exists() const { return length > 0; }
   __device__ int64_t token(const ForwardShape& shape) const {
@@ -40,6 +41,7 @@ struct Item {
 // What the two warps of the same channels tell each other, and what a warp keeps for itself.
 struct Exchange {
   float boundary_product[2][Config::kHeadDim];  // <S, dS'> over half the columns of V
+  float caller_product[2][Config::kHeadDim];    // likewise, not rounded: Item::at_caller_state
   float log2_decay[2][Config::kHeadDim];        // of each half
   float restored[2][Config::kHeadDim];          // sum of k_j exp(G_C - G_j) dk_r_j in each half
   float d_G[2][Config::kHeadDim];               // sum of dG in each half
@@ -91,6 +93,7 @@ struct Shared {
   float amplitude;                  // exp(A_log)
   alignas(16) float d_A_qk_diagonal[kChunk];
   float d_r_times_u[kChunk];     // <dR_i, U_i>
+  uint32_t without_beta[2];      // a bit for each token of each half that writes nothing
   float A_sums[Config::kWarps];  // of d log decay / d A_log, over a warp's channels
   uint64_t boundaries_full;      // both boundary images have arrived
 };

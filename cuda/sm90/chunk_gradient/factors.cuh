@@ -55,18 +55,6 @@ __device__ __forceinline__ float2 load_norms(const Shared& s, int of_k, int grou
   return *reinterpret_cast<const float2*>(&s.norms[of_k][8 * group + at.token()]);
 }
 
-// Hands half of the remaining values to the lane that differs in the mask and takes its share of
-// the others.
-template <int kMask, int kHalf, int kCount>
-__device__ __forceinline__ void fold_values(float (&values)[kCount], int lane) {
-  const bool upper = lane & kMask;
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const float low = values[i], high = values[i + kHalf];
-    values[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kMask);
-  }
-}
-
 // The factor of every token: a warp takes four.
 template <class Shared>
 __device__ __forceinline__ void find_norms(Shared& s, bool qk_l2norm, const Place& at) {

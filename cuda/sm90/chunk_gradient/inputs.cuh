@@ -125,15 +125,22 @@ __device__ __forceinline__ void fill_boundary(uint8_t* image, const float* state
   for (int at = threadIdx.x; at < kDim * kDim / 8; at += Config::kThreads) {
     const int v = at % kDim, piece = at / kDim;
     float x[8] = {};
-    if (state != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = __ldg(state + (8 * piece + i) * kDim + v);
-    }
+    if (state != nullptr) load_state_piece(x, state, v, piece);
     *reinterpret_cast<uint4*>(image + (piece / 8) * (kBoundaryBytes / 2) +
                               swizzle128(v, piece % 8)) =
         make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
                    pack_bf16(x[6], x[7]));
   }
+}
+
+__device__ __forceinline__ CallerStates find_caller_states(const BackwardParams& b,
+                                                           const Item& item, int64_t head) {
+  const ForwardShape& shape = b.forward.shape;
+  if (item.segment < 0 || item.segment >= shape.N) return {};
+  const int64_t at = ((item.row * shape.N + item.segment) * shape.HV + head) * shape.K * shape.V;
+  const float *initial = b.forward.initial_state, *d_final = b.d_final_state;
+  return {item.first && initial != nullptr ? initial + at : nullptr,
+          item.last && d_final != nullptr ? d_final + at : nullptr};
 }
 
 // What the products with V read: both boundaries, dO, dR, U. Nobody reads the last chunk's any
@@ -171,15 +178,9 @@ __device__ __forceinline__ void load_values(Shared& s, const BackwardParams& b,
                                 values(s.values.d_r));
   load_tile<Config::kRowPieces>(workspace + w.corrected_values + at, stride, length,
                                 values(s.values.u));
-  const bool slot = item.segment >= 0 && item.segment < shape.N;
-  const int64_t state = ((item.row * shape.N + item.segment) * shape.HV + head) * shape.K * shape.V;
-  if (item.first)
-    fill_boundary(s.values.state, slot && b.forward.initial_state != nullptr
-                                      ? b.forward.initial_state + state
-                                      : nullptr);
-  if (item.last)
-    fill_boundary(s.values.state_gradient,
-                  slot && b.d_final_state != nullptr ? b.d_final_state + state : nullptr);
+  const CallerStates states = find_caller_states(b, item, head);
+  if (item.first) fill_boundary(s.values.state, states.initial);
+  if (item.last) fill_boundary(s.values.state_gradient, states.d_final);
 }
 
 // The query/key head of a value head.

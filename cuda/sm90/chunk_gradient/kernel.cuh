@@ -4,7 +4,7 @@
 //
 //   dq_d = scale dO S^T      dk_d = -dR S^T      dk_r = U dS'^T
 //   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)
-//   d_beta_i = <dR_i, U_i> / beta_i^2
+//   d_beta_i = <dR_i, U_i> / beta_i^2 (dR here is dV)
 //   dqn_i = exp(G_i) dq_d_i + sum over j <= i of dA_qk[i, j] exp(G_i - G_j) kn_j
 //   dkn_i = exp(G_i) dk_d_i + sum over j < i of dL[i, j] exp(G_i - G_j) kn_j         as a row
 //         + exp(G_C - G_i) dk_r_i + sum over later rows of exp(..) (dA_qk qn + dL kn)  as a column
@@ -91,10 +91,10 @@ __device__ __forceinline__ void multiply_values(Sums& sums, Shared& s, float sca
 // in the places of the products.
 template <DType kGateType>
 __device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums,
-                                               const ForwardParams& p, int length,
+                                               const ForwardParams& p, const Item& item,
                                                const Place& at) {
   Decays d;
-  find_decays<kGateType>(d, s, p.gate, find_head_gate(s, p, at), length, at);
+  find_decays<kGateType>(d, s, p.gate, find_head_gate(s, p, at), item.length, at);
   write_factors(s, d, at);
   meet_pair(at);  // both halves' factors and references, before either warp reads the other's
   ChannelSums<Shared<kGateType>> channels{sums, s, d, at};
@@ -103,7 +103,7 @@ __device__ __forceinline__ void find_gradients(Shared<kGateType>& s, Sums& sums,
   add_scores(sums, columns, s, d, at);
 #pragma unroll
   for (int block = 0; block < Config::kBlocks; ++block) channels.finish(block, columns[block]);
-  channels.add_other_tokens();
+  channels.add_other_tokens(item.at_caller_state);
   if (p.qk_l2norm) find_dot_parts(s, sums, at);
 }
 
@@ -145,8 +145,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   Shared<kGateType>& s = *reinterpret_cast<Shared<kGateType>*>(
       shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
   const ForwardParams& p = b.forward;
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128,
-                                    0);  // tells the compiler that warps do not diverge on it
   const int head = static_cast<int>(blockIdx.x % static_cast<uint32_t>(p.shape.HV));
   Items items(p, w.forward);
   // The CTA's partials: rows it meets no chunk of keep zeros.
@@ -166,7 +164,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto clear = [&](const Item& padding) { clear_gradients(b, w, padding, head); };
   // The next item, its values on their way; all threads find the same one.
   auto start_next = [&](Item& next) {
-    const Item found = items.next(ctas_per_head, clear);
+    Item found = items.next(ctas_per_head, clear);
+    const CallerStates states = find_caller_states(b, found, head);
+    found.at_caller_state = states.initial != nullptr || states.d_final != nullptr;
     if (threadIdx.x == 0) next = found;
     if (found.exists()) load_values(s, b, w, found, head);
     commit_async_loads();
@@ -181,22 +181,32 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const Place at(s);
     if (turn == 0 || next.row != item.row)  // the other place still holds the item before
       load_head_scalars(s, p, item.row, head);
+    const int token = static_cast<int>(threadIdx.x);
+    const int64_t beta_at = (item.token(p.shape) + token) * p.shape.HV + head;
+    const uint32_t beta_word = token < item.length ? load_beta_word(p, beta_at) : 0;
     wait_for_async_loads<1>();  // dO, dR, U
     fence_async_shared();       // they and filled boundaries, before the tensor cores read them
     mbarrier_wait(&s.boundaries_full, turn & 1);  // the boundary images have arrived
     __syncthreads();  // all threads' copies and fills, before the products
 
+    if (item.at_caller_state) multiply_caller_states(s, find_caller_states(b, item, head));
     Sums sums;
-    multiply_values(sums, s, p.scale, warpgroup, at);
+    multiply_values(sums, s, p.scale, find_warpgroup(), at);
     wait_for_async_loads<0>();  // q, k, g
-    __syncthreads();  // all threads' copies and score gradients; the products have read the values
+    const float beta = token < item.length ? beta_from_word(p, beta_word) : 1.0f;
+    const bool without_beta = fabsf(beta) <= kSmallestBeta;
+    if (at.warp < 2) {
+      const uint32_t tokens = __ballot_sync(0xffffffffu, without_beta);
+      if (at.lane == 0) s.without_beta[at.warp] = tokens;
+    }
+    // All threads' copies and score gradients; the products have read the values.
+    const bool clears = __syncthreads_or(without_beta);
 
     find_norms(s, p.qk_l2norm, at);
-    if (static_cast<int>(threadIdx.x) < item.length)
-      write_beta_gradient(b, (item.token(p.shape) + threadIdx.x) * p.shape.HV + head,
-                          s.d_r_times_u[threadIdx.x]);
+    if (token < item.length) write_beta_gradient(b, beta_at, beta, s.d_r_times_u[token]);
+    if (clears) clear_tokens_without_beta(s, sums, b, item, head, at);
     __syncthreads();  // every warp's norms, before they are read
-    find_gradients(s, sums, p, item.length, at);
+    find_gradients(s, sums, p, item, at);
     fence_async_shared();  // the scratch's uses, before copies take its place
     __syncthreads();       // everybody's, and every warp's parts of the dots
     start_next(s.items[(turn & 1) ^ 1]);

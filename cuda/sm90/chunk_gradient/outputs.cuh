@@ -150,7 +150,7 @@ struct ChannelSums {
   }
 
   // What lies in other groups, in the other half, and the state's whole decay.
-  __device__ void add_other_tokens() {
+  __device__ void add_other_tokens(bool at_caller_state) {
     float half_d_G[2];
     const int channel = at.channel(), half = at.half();
 #pragma unroll
@@ -165,7 +165,9 @@ struct ChannelSums {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int c = channel + 8 * h;
-      const float S_dS = s.exchange.boundary_product[0][c] + s.exchange.boundary_product[1][c];
+      const float (&products)[2][Config::kHeadDim] =
+          at_caller_state ? s.exchange.caller_product : s.exchange.boundary_product;
+      const float S_dS = products[0][c] + products[1][c];
       float rest = fmaf(exp2_fast(HalfDecays(s, h, at).end_from(0.0f)), S_dS,
                         half ? s.exchange.restored[0][c] : s.exchange.d_G[1][c]);
 #pragma unroll
@@ -324,23 +326,46 @@ __device__ __forceinline__ void write_key_gradients(const Shared& s, int of_k, c
   }
 }
 
-// Of U = Ainv R with Ainv = (..)^-1 Diag(beta): sum over v of (dR / beta) (U / beta), and through
-// the sigmoid.
-__device__ __forceinline__ void write_beta_gradient(const BackwardParams& b, int64_t at,
+// Of U = (..)^-1 Diag(beta) (V - ..): sum over v of (dR / beta) (U / beta), and through the sigmoid.
+__device__ __forceinline__ void write_beta_gradient(const BackwardParams& b, int64_t at, float beta,
                                                     float d_r_times_u) {
   const ForwardParams& p = b.forward;
-  const bool bf16 = p.beta_dtype == DType::kBF16;
-  const float raw = bf16 ? bf16_low(static_cast<const uint16_t*>(p.beta)[at])
-                         : static_cast<const float*>(p.beta)[at];
-  const float value = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
-  const float divisor = nonzero_beta(value);
-  float d = d_r_times_u / divisor / divisor;
-  if (p.beta_is_logits) d *= value * (1.0f - (p.allow_neg_eigval ? 0.5f : 1.0f) * value);
-  if (bf16) {
+  float d = d_r_times_u / beta / beta;
+  if (p.beta_is_logits) d *= beta * (1.0f - (p.allow_neg_eigval ? 0.5f : 1.0f) * beta);
+  if (p.beta_dtype == DType::kBF16) {
     static_cast<uint16_t*>(b.d_beta)[at] = static_cast<uint16_t>(pack_bf16(d, 0.0f));
   } else {
     static_cast<float*>(b.d_beta)[at] = d;
   }
+}
+
+// A token whose beta is zero writes nothing to the state. Its U and dR are there for d_beta alone,
+// on the scale of the beta that was taken instead: once that has been read, they are zeros, and so
+// are what came of them and dv. All threads; rare.
+template <class Shared>
+__device__ __forceinline__ void clear_tokens_without_beta(Shared& s, Sums& sums,
+                                                          const BackwardParams& b, const Item& item,
+                                                          int64_t head, const Place& at) {
+  const uint64_t without = uint64_t{s.without_beta[1]} << 32 | s.without_beta[0];
+#pragma unroll
+  for (int n = 0; n < Config::kGroups; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (without >> (8 * n + at.token() + (i & 1)) & 1)
+        sums.k_row[n][i] = sums.k_column[n][i] = 0.0f;
+  for (int element = reread_thread(); element < kChunk * kChunk; element += Config::kThreads) {
+    const int i = element / kChunk, j = element % kChunk;
+    const int place = swizzle128(i, j >> 3) + 2 * (j & 7);
+    const bool column = without >> j & 1;
+    if (column) *reinterpret_cast<uint16_t*>(s.d_A_qk + place) = 0;
+    if (column || (without >> i & 1)) *reinterpret_cast<uint16_t*>(s.d_L + place) = 0;
+    if (column && i == j) s.d_A_qk_diagonal[i] = 0.0f;
+    if (column && i < 16 && item.length > j)  // 16 pieces of dv's row
+      static_cast<uint4*>(
+          b.dv)[((item.token(b.forward.shape) + j) * b.forward.shape.HV + head) * 16 + i] =
+          make_uint4(0, 0, 0, 0);
+  }
+  __syncthreads();  // the scores' gradients without them, before they are multiplied
 }
 
 // Adds a row's sums to the CTA's partial of that row.

@@ -22,6 +22,12 @@ __device__ __forceinline__ int reread_thread() {
   return thread;
 }
 
+// The thread's warpgroup, found anew likewise. The shuffle tells the compiler that warps do not
+// diverge on it.
+__device__ __forceinline__ int find_warpgroup() {
+  return __shfl_sync(0xffffffffu, reread_thread() / 128, 0);
+}
+
 // A thread's place, and what of it addresses know.
 struct Place {
   int warp, lane;
@@ -84,6 +90,18 @@ __device__ __forceinline__ void fence_elements(Elements& c) {
   for (int n = 0; n < Config::kGroups; ++n) fence_registers(c[n]);
 }
 
+// Hands half of the remaining values to the lane that differs in the mask and takes its share of
+// the others.
+template <int kMask, int kHalf, int kCount>
+__device__ __forceinline__ void fold_values(float (&values)[kCount], int lane) {
+  const bool upper = lane & kMask;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = values[i], high = values[i + kHalf];
+    values[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kMask);
+  }
+}
+
 // <S, dS'> of the warp's channels over half the columns of V: the diagonal of S dS'^T, 16 by 16
 // channels.
 template <class Shared>
@@ -110,6 +128,59 @@ __device__ __forceinline__ void multiply_boundaries(Shared& s, const Place& at) 
     float (&to)[Config::kHeadDim] = s.exchange.boundary_product[at.half()];
     to[at.channel()] = row & 1 ? c[0][1] : c[0][0];
     to[at.channel() + 8] = row & 1 ? c[1][3] : c[1][2];
+  }
+}
+
+// Eight channels of a column of V of a boundary image.
+__device__ __forceinline__ void unpack_boundary(float (&x)[8], const uint8_t* image, int v,
+                                                int piece) {
+  const uint4 packed = *reinterpret_cast<const uint4*>(
+      image + (piece / 8) * (kBoundaryBytes / 2) + swizzle128(v, piece % 8));
+  const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i % 2 ? bf16_high(pairs[i / 2]) : bf16_low(pairs[i / 2]);
+}
+__device__ __forceinline__ void load_state_piece(float (&x)[8], const float* state, int v,
+                                                 int piece) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = __ldg(state + (8 * piece + i) * Config::kHeadDim + v);
+}
+
+// The caller's states [K, V] at a chunk's ends; null: none, or the segment goes on there.
+struct CallerStates {
+  const float *initial, *d_final;
+};
+
+// <S, dS'> once more, with what the caller gave unrounded: it enters the gate gradient of all the
+// chunk's tokens alike, and in short segments it is most of it.
+template <class Shared>
+__device__ __forceinline__ void multiply_caller_states(Shared& s, const CallerStates& states) {
+  const int thread = reread_thread(), lane = thread % 32, part = thread / 32 % 2;
+#pragma unroll 1
+  for (int piece = thread / 64; piece < Config::kHeadDim / 8; piece += Config::kThreads / 64) {
+    float sums[8] = {};
+#pragma unroll 1
+    for (int v = 32 * part + lane; v < Config::kHeadDim; v += 64) {
+      float state[8], gradient[8];
+      if (states.initial != nullptr) {
+        load_state_piece(state, states.initial, v, piece);
+      } else {
+        unpack_boundary(state, s.values.state, v, piece);
+      }
+      if (states.d_final != nullptr) {
+        load_state_piece(gradient, states.d_final, v, piece);
+      } else {
+        unpack_boundary(gradient, s.values.state_gradient, v, piece);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i] = fmaf(state[i], gradient[i], sums[i]);
+    }
+    fold_values<16, 4>(sums, lane);
+    fold_values<8, 2>(sums, lane);
+    fold_values<4, 1>(sums, lane);
+    float sum = sums[0] + __shfl_xor_sync(0xffffffffu, sums[0], 2);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    if (lane % 4 == 0) s.exchange.caller_product[part][8 * piece + lane / 4] = sum;
   }
 }
 

@@ -72,16 +72,12 @@ __device__ __forceinline__ uint2 staged_row(const uint8_t (&tiles)[Config::kBloc
 // shared memory.
 __device__ __forceinline__ uint32_t load_beta(const ForwardParams& p, const Item& item, int token) {
   if (token < 0 || token >= item.length) return 0;
-  const int64_t at = item.value_row + token * p.shape.HV;
-  return p.beta_dtype == DType::kBF16 ? load_early(static_cast<const uint16_t*>(p.beta) + at)
-                                      : load_early(static_cast<const uint32_t*>(p.beta) + at);
+  return load_beta_word(p, item.value_row + token * p.shape.HV);
 }
 __device__ __forceinline__ void publish_beta(Config::Shared& s, uint32_t word,
                                              const ForwardParams& p, int length, int token) {
   if (token < 0 || token >= kChunk) return;
-  const float raw = __uint_as_float(p.beta_dtype == DType::kBF16 ? word << 16 : word);
-  const float beta = beta_value(raw, p.beta_is_logits, p.allow_neg_eigval);
-  s.beta[token] = token < length ? p.nonzero_beta ? nonzero_beta(beta) : beta : 0.0f;
+  s.beta[token] = token < length ? beta_from_word(p, word) : 0.0f;
 }
 
 // The CTA's share of the items: it counts through the heads of a chunk, then the chunks, in steps of

@@ -4,7 +4,7 @@
 //   k_decayed = k exp(G)            q_decayed = q exp(G)
 //   k_restored = k exp(G_C - G)     chunk_decay = exp(G_C)
 //   A_qk[i, j] = <q_i exp(G_i - G_j), k_j>, i >= j
-//   A_kk_inv = (I + A_kk)^-1 Diag(beta)
+//   A_kk_inv = (I + A_kk)^-1
 //
 // Grid: persistent CTAs over (chunk, value head), heads fastest so that neighbours read the same
 // rows of memory. A warp owns a strip of 4 tokens.

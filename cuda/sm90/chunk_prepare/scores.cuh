@@ -147,7 +147,7 @@ __device__ __forceinline__ void clear_upper_blocks(Config::Matrices& m, const St
   X[0] = X[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// A_qk and (I + A_kk)^-1 Diag(beta) to memory, the tokens that exist, but for the inverse's lower
+// A_qk and (I + A_kk)^-1 to memory, the tokens that exist, but for the inverse's lower
 // left quarter. Zero above the diagonal blocks. Eight warps: thread 0 .. 255.
 __device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t* operands,
                                                int length, int thread) {
@@ -155,8 +155,6 @@ __device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t*
   uint8_t* A_qk = operands + kTileAqk * length * kTileRowBytes;
   const int piece = thread & 7;
   const bool swap = piece & 4;  // half of the lanes read the second four columns first: other banks
-  const float4* beta = reinterpret_cast<const float4*>(s.beta + 8 * piece);
-  const float4 ba = beta[swap], bb = beta[!swap];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = (thread >> 3) + 32 * half;
@@ -171,10 +169,8 @@ __device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t*
       const float4* X =
           reinterpret_cast<const float4*>(s.matrices.A_kk_inv + matrix_at(row, 8 * piece));
       const float4 xa = X[swap], xb = X[!swap];
-      const uint2 a = make_uint2(pack_bf16(xa.x * ba.x, xa.y * ba.y),
-                                 pack_bf16(xa.z * ba.z, xa.w * ba.w)),
-                  b = make_uint2(pack_bf16(xb.x * bb.x, xb.y * bb.y),
-                                 pack_bf16(xb.z * bb.z, xb.w * bb.w));
+      const uint2 a = make_uint2(pack_bf16(xa.x, xa.y), pack_bf16(xa.z, xa.w)),
+                  b = make_uint2(pack_bf16(xb.x, xb.y), pack_bf16(xb.z, xb.w));
       inverse = swap ? make_uint4(b.x, b.y, a.x, a.y) : make_uint4(a.x, a.y, b.x, b.y);
     }
     *reinterpret_cast<uint4*>(A_kk_inv + to) = inverse;
@@ -186,12 +182,11 @@ __device__ __forceinline__ void write_tile(const Config::Shared& s, const float 
                                            uint8_t* operands, int length, int warp, int lane) {
   uint8_t* A_kk_inv = operands + kTileAkkInv * length * kTileRowBytes;
   const int row = 32 + 16 * (warp >> 2) + (lane >> 2), piece = warp & 3, column = 2 * (lane & 3);
-  const float2 beta = *reinterpret_cast<const float2*>(&s.beta[8 * piece + column]);
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     if (row + 8 * h < length)
       *reinterpret_cast<uint32_t*>(A_kk_inv + swizzle128(row + 8 * h, piece) + 2 * column) =
-          pack_bf16(-tile[2 * h] * beta.x, -tile[2 * h + 1] * beta.y);
+          pack_bf16(-tile[2 * h], -tile[2 * h + 1]);
 }
 
 }  // namespace jax_flashkda::chunk_prepare

@@ -7,7 +7,7 @@
 // and backwards, with dS the gradient of the state behind the chunk, then of that ahead of it:
 //
 //   dU = scale A_qk^T dO + (k exp(G_C - G)) dS
-//   dV = ((I + A_kk)^-1 Diag(beta))^T dU
+//   dV = Diag(beta) (I + A_kk)^-T dU
 //   dS <- Diag(exp(G_C)) dS + scale (q exp(G))^T dO - (k exp(G))^T dV
 //
 // Neither reads what the other writes, so one launch does both. Grid: persistent CTAs over
@@ -50,6 +50,21 @@ __device__ __forceinline__ void store_boundary(const uint32_t (&a)[32], Boundary
   }
 }
 
+// U as it reaches the state: where beta is zero, U is kept for d_beta alone, on the scale of the
+// beta that was taken instead.
+__device__ __forceinline__ void drop_tokens_without_beta(uint32_t (&written)[16],
+                                                         const uint32_t (&u)[16],
+                                                         const float* beta, const Place& at) {
+#pragma unroll
+  for (int group = 0; group < 8; ++group) {
+    const float2 b = load_betas(beta, group, at);
+    const uint32_t kept = (fabsf(b.x) <= kSmallestBeta ? 0u : 0x0000ffffu) |
+                          (fabsf(b.y) <= kSmallestBeta ? 0u : 0xffff0000u);
+    written[2 * group] = u[2 * group] & kept;
+    written[2 * group + 1] = u[2 * group + 1] & kept;
+  }
+}
+
 // S, forwards.
 template <class Config>
 struct StateWarps {
@@ -81,7 +96,7 @@ struct StateWarps {
     fence_registers(projected);
 
     uint32_t r[16];
-    subtract_projection(r, values, projected);
+    subtract_projection(r, values, projected, stage.beta, at);
     float u[32];
     wgmma_fence();
 #pragma unroll
@@ -91,13 +106,14 @@ struct StateWarps {
     wgmma_wait<0>();
     fence_registers(u);
 
-    uint32_t u_operand[16];
+    uint32_t u_operand[16], written[16];
     pack_operand(u_operand, u);
+    drop_tokens_without_beta(written, u_operand, stage.beta, at);
     fence_registers(state);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      product_transposed(state, u_operand, i, operand<kTileKRestored, Config>(stage, 8192), true);
+      product_transposed(state, written, i, operand<kTileKRestored, Config>(stage, 8192), true);
     wgmma_commit();
     store_rows(u_operand, stage.rows[at.tile], workspace + w.corrected_values, p.forward.shape,
                header, at);
@@ -165,7 +181,12 @@ struct StateGradientWarps {
     fence_registers(dv);
 
     uint32_t dv_operand[16], minus_dv[16];
-    pack_operand(dv_operand, dv);
+#pragma unroll
+    for (int group = 0; group < 8; ++group) {
+      const float2 b = load_betas(stage.beta, group, at);
+      dv_operand[2 * group] = pack_bf16(b.x * dv[4 * group], b.y * dv[4 * group + 1]);
+      dv_operand[2 * group + 1] = pack_bf16(b.x * dv[4 * group + 2], b.y * dv[4 * group + 3]);
+    }
 #pragma unroll
     for (int i = 0; i < 16; ++i) minus_dv[i] = dv_operand[i] ^ 0x80008000u;
     fence_registers(state);

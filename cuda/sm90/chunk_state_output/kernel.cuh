@@ -1,7 +1,7 @@
 // The recurrence over chunks, and the output:
 //
-//   R = V - (k exp(G)) S
-//   U = (I + A_kk)^-1 Diag(beta) R
+//   R = Diag(beta) (V - (k exp(G)) S)
+//   U = (I + A_kk)^-1 R
 //   O = scale ((q exp(G)) S + A_qk U)
 //   S <- Diag(exp(G_C)) S + (k exp(G_C - G))^T U
 //
@@ -58,7 +58,7 @@ struct StateWarps {
     fence_registers(projected);
 
     uint32_t r[16];
-    subtract_projection(r, values, projected);
+    subtract_projection(r, values, projected, stage.beta, at);
     float u[32];
     wgmma_fence();
 #pragma unroll

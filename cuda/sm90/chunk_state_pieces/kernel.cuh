@@ -1,7 +1,7 @@
 // Few long chains, cut into pieces. Over a chunk the state moves by an affine map of its columns,
 //
-//   S -> (Diag(exp(G_C)) - (k exp(G_C - G))^T A_kk_inv (k exp(G))) S
-//        + (k exp(G_C - G))^T A_kk_inv V,
+//   S -> (Diag(exp(G_C)) - (k exp(G_C - G))^T A_kk_inv Diag(beta) (k exp(G))) S
+//        + (k exp(G_C - G))^T A_kk_inv Diag(beta) V,
 //
 // so over a piece by S -> M S + B. chunk_state_maps_kernel walks each piece from no state, which
 // leaves B, and from the identity without values, which leaves M. state_combine_kernel then goes
@@ -52,7 +52,7 @@ struct MapWarps {
     fence_registers(projected);
 
     uint32_t r[16];
-    subtract_projection(r, values, projected);
+    subtract_projection(r, values, projected, stage.beta, at);
     float u[32];
     wgmma_fence();
 #pragma unroll

@@ -1,0 +1,41 @@
+// How a CTA of the decode step holds its part of a state.
+#pragma once
+
+#include "problem/params.h"
+
+namespace jax_flashkda::decode_step {
+
+// kLanes lanes of a warp share a row, 16 bytes each: 8 make 128 bytes, 32 half a KB. kCtasPerSm CTAs
+// share an SM; what their registers hold is what is under way from memory. With several tokens
+// registers hold fp32; for one alone they may hold the state's own type.
+template <class State_, class Held_, int kDim, int kLanes_, int kCtasPerSm_>
+struct Config {
+  using State = State_;
+  using HeldElement = Held_;
+  static constexpr int kK = kDim, kV = kDim, kLanes = kLanes_, kCtasPerSm = kCtasPerSm_;
+  static constexpr bool kOneToken = sizeof(HeldElement) < 4;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kVector = 16 / sizeof(State);  // columns of a lane
+  static constexpr int kColumns = kLanes * kVector;   // of a CTA
+  static constexpr int kParts = kV / kColumns;        // CTAs of a state
+  static constexpr int kRowsOfWarp = kK / kWarps;
+  // A sum over a warp's rows is that of four interleaved groups of rows, whoever holds them: the
+  // bits do not depend on kLanes.
+  static constexpr int kGroups = 4;
+  static constexpr int kGroupsOfLane = kGroups * kLanes / 32;
+  static constexpr int kRowsOfGroup = kRowsOfWarp / kGroups;
+  static_assert(kV % kColumns == 0 && kColumns % 32 == 0 && kGroupsOfLane >= 1);
+
+  struct Row {  // of a token: what channel c brings to row c of the state
+    float k, q, decay, unused;
+  };
+
+  struct Shared {
+    Row rows[kMostStepTokens][kK];
+    float v[kMostStepTokens][kColumns];
+    float beta[kMostStepTokens], kq[kMostStepTokens];  // kq: the product of k and q
+    float partial[2][2][kWarps][kColumns];             // [token's parity][S^T k, S^T q]
+  };
+};
+
+}  // namespace jax_flashkda::decode_step

@@ -13,7 +13,7 @@ def for_implementation(case, implementation):
     """The case as `implementation` can run it: the kernels take head dim 128 and 16-bit inputs.
 
     With so large heads there are fewer of them, or the reference would take minutes; but where
-    dA_log is asked for, one number a head, at least 32: of a few, the peer's 16-bit error is luck.
+    dA_log is asked for, one number a head, at least 16: of a few, the peer's 16-bit error is luck.
     For the same reason no last block of so many heads is shorter than 16 tokens: d_beta is one
     number a token (see "Limits" in the README).
     """
@@ -24,7 +24,7 @@ def for_implementation(case, implementation):
     case = cases.dataclasses.replace(case, K=128, V=128, HV=HV, dtype=dtype)
     if not case.A_log:
         return case
-    times = -(-32 // HV)
+    times = -(-16 // HV)
     T = case.T if case.segment_ids is not None else -(-case.T // 16) * 16
     return cases.dataclasses.replace(case, T=T, H=times * case.H, HV=times * HV)
 

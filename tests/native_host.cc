@@ -1,7 +1,8 @@
 // Answers one line of input, a stage and a call of it as numbers, with one line: the bytes of its
 // workspace and what check_forward or check_backward has to say about it. For the stage "pieces":
-// into how many its rows are cut, and how many tokens each has. For the stage "step": 0 bytes and
-// what check_step says.
+// into how many its rows are cut, and how many tokens each has. For "overlap": how many
+// multiprocessors the state stage has beside chunk_prepare, for how many tracks, and whether in
+// half heads. For the stage "step": 0 bytes and what check_step says.
 // tests/test_native_host.py writes the lines. Needs no CUDA.
 #include <cstdint>
 #include <cstdlib>
@@ -107,6 +108,9 @@ int main() {
     } else if (stage == "pieces") {
       const StatePieces pieces = state_pieces(shape);
       std::cout << pieces.count << ' ' << pieces.tokens;
+    } else if (stage == "overlap") {
+      const StageOverlap overlap = forward_workspace(shape).overlap;
+      std::cout << overlap.processors << ' ' << overlap.tracks << ' ' << overlap.half_heads;
     } else {
       return EXIT_FAILURE;
     }

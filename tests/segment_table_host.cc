@@ -36,7 +36,7 @@ struct LoopTeam {
 };
 
 template <class Shape>
-bool answer(const Ids& ids) {
+bool answer(const Ids& ids, bool in_token_order) {
   const int64_t tokens = ids.tokens;
   const int blocks = Shape::blocks(tokens + 1);
   std::vector<ChunkEntry> chunks(tokens, {kUntouched, kUntouched, kUntouched, kUntouched});
@@ -47,7 +47,8 @@ bool answer(const Ids& ids) {
   garbage.runs = {12345, 67890, kUntouched, kUntouched, 3, 1};
   for (int32_t& count : garbage.ended) count = kUntouched;
   std::vector<TableBlock> table_blocks(blocks, garbage);
-  const Tables tables = {chunks.data(), segments.data(), &counts, row_segments.data()};
+  const Tables tables = {chunks.data(), segments.data(), &counts, row_segments.data(),
+                         in_token_order};
   LoopTeam team{Shape::kThreads};
   // The threads of all blocks share nothing but the blocks' summaries, and find
   // theirs poisoned.
@@ -75,20 +76,23 @@ int main() {
   for (std::string text; std::getline(std::cin, text);) {
     std::istringstream line(text);
     int threads = 0, positions = 0;
+    bool in_token_order = false;
     int64_t B = 0, T = 0;
     Ids ids{};
-    line >> threads >> positions >> B >> T >> ids.has_padding_id >> ids.padding_id;
+    line >> threads >> positions >> in_token_order >> B >> T;
+    line >> ids.has_padding_id >> ids.padding_id;
     std::vector<int32_t> values(B * T);
     for (int32_t& id : values) line >> id;
     if (!line) return EXIT_FAILURE;
     ids.ids = values.data();
     ids.tokens = static_cast<int32_t>(B * T);
     ids.T = static_cast<int32_t>(T);
-    const bool known = (threads == 1 && positions == 1)     ? answer<Shape<1, 1>>(ids)
-                       : (threads == 3 && positions == 2)   ? answer<Shape<3, 2>>(ids)
-                       : (threads == 16 && positions == 1)  ? answer<Shape<16, 1>>(ids)
-                       : (threads == 4 && positions == 32)  ? answer<Shape<4, 32>>(ids)
-                       : (threads == 128 && positions == 8) ? answer<Shape<128, 8>>(ids)
+    auto of = [&](auto shape) { return answer<decltype(shape)>(ids, in_token_order); };
+    const bool known = (threads == 1 && positions == 1)     ? of(Shape<1, 1>{})
+                       : (threads == 3 && positions == 2)   ? of(Shape<3, 2>{})
+                       : (threads == 16 && positions == 1)  ? of(Shape<16, 1>{})
+                       : (threads == 4 && positions == 32)  ? of(Shape<4, 32>{})
+                       : (threads == 128 && positions == 8) ? of(Shape<128, 8>{})
                                                             : false;
     if (!known) return EXIT_FAILURE;
   }

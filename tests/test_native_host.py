@@ -406,9 +406,46 @@ def test_pieces_are_for_long_rows_of_few_heads(host):
     def count(**sizes):
         return ask_sizes(host, dict(B=1, HV=1, N=1, has_segment_ids=False) | sizes, "pieces")[0]
 
-    assert count(T=65_536, H=8) == 16 and count(T=32_768, H=16) == 8
+    assert count(T=65_536, H=8) == 16 and count(T=32_768, H=8) == 16
+    assert count(T=32_768, H=16) == 1  # the state stage beside chunk_prepare is faster
     assert count(T=8192, H=96) == 1 and count(T=2048, H=12) == 1
     assert count(T=65_536, H=8, has_segment_ids=True) == 1
+
+
+def overlap(host, sizes):
+    """Multiprocessors of the state stage, tracks side by side, CTAs of a track."""
+    processors, rest = ask_sizes(host, sizes, "overlap")
+    tracks, half_heads = map(int, rest.split())
+    return processors, tracks, 1 + half_heads
+
+
+@given(sizes=SIZES)
+@settings(max_examples=500, deadline=None)
+def test_overlapped_stages_share_the_device(host, sizes):
+    processors, tracks, ctas = overlap(host, sizes)
+    if processors == 0:
+        return
+    assert ask_sizes(host, sizes, "pieces")[0] == 1
+    heads = sizes["H"] * sizes["HV"] * (1 if sizes["has_segment_ids"] else sizes["B"])
+    assert 1 <= tracks <= heads and processors == tracks * ctas <= 66
+
+
+def test_stages_overlap_where_that_was_faster(host):
+    """As measured on an H200."""
+
+    def of(**sizes):
+        return overlap(host, dict(B=1, HV=1, N=1, has_segment_ids=False) | sizes)
+
+    serial = (0, 0, 1)
+    for H, B, T in [(96, 1, 8192), (64, 1, 8192), (32, 4, 4096), (32, 1, 8192)]:
+        assert of(H=H, B=B, T=T) == (32, 32, 1)
+    assert of(T=8192, H=96, N=6, has_segment_ids=True) == (32, 32, 1)
+    assert of(T=32_768, H=16) == (32, 16, 2)
+    assert of(T=2048, H=12) == (24, 12, 2)
+    assert of(T=512, H=32) == serial
+    assert of(T=65_536, H=8) == serial  # in pieces
+    assert of(T=8192, H=32, N=256, has_segment_ids=True) == serial
+    assert of(T=65_536, H=32, N=4096, has_segment_ids=True) == serial
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -32,10 +32,12 @@ class Tables:
             [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def of(self, ids, padding_id, shape):
+    def of(self, ids, padding_id, shape, in_token_order):
         B, T = ids.shape
         padding = (0, 0) if padding_id is None else (1, padding_id)
-        line = " ".join(map(str, [*shape, B, T, *padding, *ids.ravel().tolist()]))
+        line = " ".join(
+            map(str, [*shape, int(in_token_order), B, T, *padding, *ids.ravel().tolist()])
+        )
         print(line, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the program ended: see its output"
@@ -72,7 +74,7 @@ def bucket(segment):
     return min((chunks - 1).bit_length(), BUCKETS - 1)
 
 
-def definition(ids, padding_id):
+def definition(ids, padding_id, in_token_order):
     chunks, segments, row_segments = [], [], []
     for row, row_ids in enumerate(ids.tolist()):
         keys = [None if i < 0 or i == padding_id else i for i in row_ids]  # padding is one key
@@ -89,16 +91,18 @@ def definition(ids, padding_id):
                 ordinal += 1
             start = end
         row_segments.append(ordinal)
-    segments.sort(key=bucket, reverse=True)  # stable: by position inside a bucket
+    if not in_token_order:
+        segments.sort(key=bucket, reverse=True)  # stable: by position inside a bucket
     return dict(chunks=chunks, segments=segments, row_segments=row_segments)
 
 
 def check(tables, ids, padding_id, shape):
     ids = np.asarray(ids, np.int32)
-    got = tables.of(ids, padding_id, shape)
-    blocks = got.pop("blocks")
-    assert 1 <= blocks <= shape[0]
-    assert got == definition(ids, padding_id)
+    for in_token_order in (False, True):
+        got = tables.of(ids, padding_id, shape, in_token_order)
+        blocks = got.pop("blocks")
+        assert 1 <= blocks <= shape[0]
+        assert got == definition(ids, padding_id, in_token_order)
 
 
 INT32 = st.integers(-(2**31), 2**31 - 1)

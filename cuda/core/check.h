@@ -20,4 +20,23 @@ inline Status cuda_status(cudaError_t error, const char* what) {
 inline Status launch_status(const char* kernel) { return cuda_status(cudaGetLastError(), kernel); }
 inline void clear_older_error() { (void)cudaGetLastError(); }
 
+// A launch behind a kernel of ours that calls let_next_kernel_start(): this one may start while
+// that one runs, and calls wait_for_earlier_kernel() before it ends, or before it reads what that
+// one leaves. launch_status() tells the result.
+template <class... Parameters>
+void launch_early(void (*kernel)(Parameters...), unsigned ctas, unsigned threads,
+                  size_t shared_bytes, cudaStream_t stream, const Parameters&... arguments) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = ctas;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  (void)cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace jax_flashkda

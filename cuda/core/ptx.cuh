@@ -110,6 +110,11 @@ __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+// Asks for the line of an address, ahead of its load.
+__device__ __forceinline__ void prefetch_to_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Copies 16 bytes from global to shared memory in the background, or clears them; 16-byte aligned
 // both.
 __device__ __forceinline__ void async_load_16(void* shared, const void* global, bool exists) {
@@ -203,10 +208,37 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address,
       : "memory");
 }
 
-// Programmatic dependent launch: wait until the kernels before this one in the stream have finished
-// and flushed.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
+// Programmatic dependent launch (launch_early): a kernel may start once all CTAs of the one before
+// it have come here or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// .. and waits here until the one before it has finished and flushed. Returns at once in a kernel
+// that was launched otherwise.
+__device__ __forceinline__ void wait_for_earlier_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Bits that one CTA sets and others wait for. What the setting thread has seen (its own writes, and
+// others' before a barrier) is seen by whoever finds the bits.
+__device__ __forceinline__ void set_bits_release(uint32_t* global, uint32_t bits) {
+  asm volatile("red.release.gpu.global.or.b32 [%0], %1;" ::"l"(global), "r"(bits) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* global) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(global) : "memory");
+  return x;
+}
+// Orders what this thread has seen of global memory before its later copies by the copy engine.
+__device__ __forceinline__ void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// The multiprocessor that this CTA is on.
+__device__ __forceinline__ uint32_t multiprocessor_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(index));
+  return index;
 }
 
 }  // namespace jax_flashkda

@@ -272,7 +272,7 @@ Status check_step(const StepParams& params) {
 }
 
 int64_t forward_workspace_bytes(const ForwardShape& shape) {
-  return workspace_bytes(shape, forward_workspace);
+  return workspace_bytes(shape, [](const ForwardShape& s) { return forward_workspace(s); });
 }
 
 int64_t backward_workspace_bytes(const ForwardShape& shape) {

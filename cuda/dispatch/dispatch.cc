@@ -23,6 +23,10 @@ bool may_leave_slots(const ForwardShape& shape) {
 // What forward and backward begin with.
 Status prepare_chunks(const ForwardParams& params, const ForwardWorkspace& workspace,
                       CUstream_st* stream) {
+  if (workspace.overlap.processors > 0) {
+    if (Status status = sm90::clear_progress(params, workspace, stream); !status.ok())
+      return status;
+  }
   if (params.shape.has_segment_ids) {
     if (Status status = sm90::launch_segment_table(params, workspace, stream); !status.ok())
       return status;
@@ -40,7 +44,7 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
   ForwardParams params = given;
   params.workspace = aligned_workspace(given.workspace);
   params.nonzero_beta = false;
-  const ForwardWorkspace workspace = forward_workspace(params.shape);
+  const ForwardWorkspace workspace = forward_workspace(params.shape, params.stage_order);
 
   if (has_tokens(params.shape)) {
     if (Status status = prepare_chunks(params, workspace, stream); !status.ok()) return status;

@@ -28,6 +28,13 @@ struct ForwardShape {
   bool has_segment_ids;
 };
 
+// When the state stage runs. The results are the same bits.
+enum class StageOrder : int32_t {
+  kByShape = 0,  // as a cost model of the shape says
+  kSerial = 1,
+  kOverlapped = 2,  // but for rows that are cut into pieces
+};
+
 struct ForwardParams {
   ForwardShape shape;
 
@@ -57,6 +64,7 @@ struct ForwardParams {
   float scale;
   bool has_padding_segment_id;
   int32_t padding_segment_id;
+  StageOrder stage_order;
   bool nonzero_beta;  // the backward divides by beta: |beta| < 2^-60 counts as 2^-60 of its sign
 };
 

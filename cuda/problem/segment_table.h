@@ -45,6 +45,7 @@ struct Tables {
   SegmentEntry* segments;
   TableCounts* counts;
   int32_t* row_segments;
+  bool in_token_order = false;  // segments; else longest first
 };
 
 // Chunks of a run, or of its first tokens.
@@ -312,9 +313,10 @@ JAX_FLASHKDA_HOST_DEVICE void write_entries(const Tables& tables, const Ids& ids
     if (leaves_segment(before)) {
       const int32_t length = position - before.last_start, row = before.last_start / ids.T;
       const int bucket = length_bucket(length);
-      tables.segments[places[bucket] + ended.get(bucket)] = {
-          row, before.last_start - row * ids.T, length,
-          before.segments - before.segments_before_row - 1};
+      const int32_t place =
+          tables.in_token_order ? before.segments - 1 : places[bucket] + ended.get(bucket);
+      tables.segments[place] = {row, before.last_start - row * ids.T, length,
+                                before.segments - before.segments_before_row - 1};
       ended.add_one(bucket);
     }
     if (marks.rows >> i & 1 && position > 0)

@@ -44,17 +44,27 @@ __device__ __forceinline__ Chunk chunk_from_entry(const ForwardShape& shape,
   return chunk;
 }
 
-// Without segment_ids chunk number `index` counts through the rows, ceil(T / kChunk) to a row.
-__device__ __forceinline__ Chunk chunk_without_table(const ForwardShape& shape, uint32_t index) {
+// Without segment_ids a row has ceil(T / kChunk) chunks.
+__device__ __forceinline__ uint32_t chunks_of_row(const ForwardShape& shape) {
   constexpr uint32_t kTokens = static_cast<uint32_t>(kChunk);
-  const uint32_t T = static_cast<uint32_t>(shape.T), chunks_in_row = (T + kTokens - 1) / kTokens;
-  const uint32_t row = index / chunks_in_row, start = (index - row * chunks_in_row) * kTokens;
+  return (static_cast<uint32_t>(shape.T) + kTokens - 1) / kTokens;
+}
+__device__ __forceinline__ Chunk chunk_of_row(const ForwardShape& shape, uint32_t row,
+                                              uint32_t index) {
+  constexpr uint32_t kTokens = static_cast<uint32_t>(kChunk);
+  const uint32_t T = static_cast<uint32_t>(shape.T), start = index * kTokens;
   Chunk chunk;
   chunk.row = static_cast<int32_t>(row);
   chunk.start = static_cast<int32_t>(start);
   chunk.length = static_cast<int32_t>(min(T - start, kTokens));
   chunk.decay_slot = chunk_decay_slot(shape, chunk.start, chunk.length, 0);
   return chunk;
+}
+
+// The same by a number that counts through the rows.
+__device__ __forceinline__ Chunk chunk_without_table(const ForwardShape& shape, uint32_t index) {
+  const uint32_t row = index / chunks_of_row(shape);
+  return chunk_of_row(shape, row, index - row * chunks_of_row(shape));
 }
 
 struct Segment {

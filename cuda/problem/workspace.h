@@ -7,10 +7,10 @@
 #include <cstdint>
 
 #include "problem/params.h"
+#include "problem/stage_overlap.h"
 
 namespace jax_flashkda {
 
-inline constexpr int64_t kChunk = 64;  // tokens in a whole chunk
 inline constexpr int64_t kWorkspaceAlignment = 1024;
 
 // The tables. Chunks stand in the order of their tokens, padding included; segments longest first,
@@ -91,11 +91,14 @@ inline StatePieces state_pieces(const ForwardShape& shape) {
   // Microseconds, measured on an H200: a chunk of a half head alone on its multiprocessor, of a
   // whole head with all of them busy, of both maps, of a combination.
   constexpr int64_t kProcessors = 132;
-  constexpr double kHalfHead = 1.15, kWholeHead = 2.3, kMap = 2.2, kCombine = 2.5, kLaunches = 10;
+  constexpr double kHalfHead = 1.3, kWholeHead = 2.9, kMap = 2.6, kCombine = 2.5, kLaunches = 10;
   const auto waves = [](int64_t items) { return (items + kProcessors - 1) / kProcessors; };
   const double serial = 2 * chains <= kProcessors ? chunks * kHalfHead
                                                   : chunks * kWholeHead * waves(chains);
   double least = 0.85 * serial;  // small gains are not worth another order of rounding
+  const StageTimes times(shape);
+  const double overlapped = times.overlapped(times.best_overlap()) - times.prepare();
+  if (overlapped < least) least = overlapped;  // in which the state stage walks whole rows
   for (int64_t count = 2; count * chains <= kProcessors; ++count) {
     const int64_t chunks_each = (chunks + count - 1) / count;
     if ((count - 1) * chunks_each >= chunks) continue;  // the last would be empty
@@ -105,6 +108,22 @@ inline StatePieces state_pieces(const ForwardShape& shape) {
   }
   return best;
 }
+
+// Rows in pieces are not overlapped.
+inline StageOverlap stage_overlap(const ForwardShape& shape, const StatePieces& pieces,
+                                  StageOrder order) {
+  if (order == StageOrder::kSerial || pieces.count > 1 || shape.B <= 0 || shape.T <= 0) return {};
+  const StageTimes times(shape);
+  const StageOverlap best = times.best_overlap();
+  const bool faster = times.overlapped(best) < times.serial();
+  return faster || order == StageOrder::kOverlapped ? best : StageOverlap{};
+}
+
+// How far the call is, where the stages overlap.
+struct StageProgress {
+  uint32_t spared;   // CTAs of chunk_prepare that have left their place to the state stage
+  uint32_t workers;  // .. that have taken a share of the chunks
+};
 
 // [K, V] in fp32.
 inline constexpr int64_t kStateFloats = 128 * 128;
@@ -120,7 +139,12 @@ struct ForwardWorkspace {
   int64_t row_segments;   // [B] int32 segments of a row, with segment_ids
   int64_t table_blocks;   // [kMostTableBlocks] TableBlock, with segment_ids
   int64_t piece_maps;     // [B, pieces - 1, HV, 2] states: B, later the state behind; and M
+  int64_t progress;       // StageProgress           zeroed where the stages overlap
+  int64_t prepared;       // [B HV T / 32] words     zeroed likewise: bit i: the chunk whose first
+                          //                         token is operand row i is there
+  int64_t progress_bytes;  // of both
   StatePieces pieces;
+  StageOverlap overlap;
   int64_t decay_slots;  // a count, not an offset
   int64_t bytes;
 };
@@ -136,7 +160,8 @@ struct WorkspaceLayout {
   }
 };
 
-inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
+inline ForwardWorkspace forward_workspace(const ForwardShape& shape,
+                                          StageOrder order = StageOrder::kByShape) {
   ForwardWorkspace w{};
   WorkspaceLayout layout;
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
@@ -156,6 +181,11 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape) {
   w.pieces = state_pieces(shape);
   if (w.pieces.count > 1)
     w.piece_maps = layout.take(shape.B * (w.pieces.count - 1) * shape.HV * 2 * kStateFloats * 4);
+  // Whatever the order, so that the bytes follow from the shape.
+  w.overlap = stage_overlap(shape, w.pieces, order);
+  w.progress = layout.take(static_cast<int64_t>(sizeof(StageProgress)));
+  w.prepared = layout.take((head_tokens + 31) / 32 * 4);
+  w.progress_bytes = layout.end - w.progress;
   w.bytes = layout.end;
   return w;
 }
@@ -199,7 +229,7 @@ struct BackwardWorkspace {
 
 inline BackwardWorkspace backward_workspace(const ForwardShape& shape) {
   BackwardWorkspace w{};
-  w.forward = forward_workspace(shape);
+  w.forward = forward_workspace(shape, StageOrder::kSerial);
   WorkspaceLayout layout{w.forward.bytes};
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
   w.boundary_slots = (shape.T + kChunk - 1) / kChunk;

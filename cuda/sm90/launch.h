@@ -25,11 +25,17 @@ Status launch_segment_table(const ForwardParams& params, const ForwardWorkspace&
 // Final states of slots that no segment uses: the initial state, or zero.
 Status launch_unused_states(const ForwardParams& params, const ForwardWorkspace& workspace,
                             CUstream_st* stream);
+// Goes before everything else where workspace.overlap says that the stages overlap.
+Status clear_progress(const ForwardParams& params, const ForwardWorkspace& workspace,
+                      CUstream_st* stream);
+// Where there are segment_ids, directly behind launch_segment_table.
 Status launch_chunk_prepare(const ForwardParams& params, const ForwardWorkspace& workspace,
                             CUstream_st* stream);
-// The states between the pieces of a row, where workspace.pieces says that there are several.
+// The states between the pieces of a row, where workspace.pieces says that there are several;
+// directly behind launch_chunk_prepare.
 Status launch_chunk_state_pieces(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
+// Directly behind the last of those two.
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
 

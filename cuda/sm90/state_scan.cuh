@@ -37,14 +37,18 @@ inline constexpr uint32_t kAkkInvTile = 1u << kTileAkkInv;
 inline constexpr uint32_t kAllTiles = (1u << kOperandTiles) - 1;
 
 // kValueTiles warpgroups, each with 64 columns of V; kTileSet: a bit for each operand tile that the
-// scan multiplies by; kReverse: from a segment's last chunk to its first.
-template <int kValueTiles_, uint32_t kTileSet, int kStages_, bool kReverse_>
+// scan multiplies by; kReverse: from a segment's last chunk to its first; kRowStages_: chunks whose
+// rows of v or d_o are held, at most kStages.
+template <int kValueTiles_, uint32_t kTileSet, int kStages_, bool kReverse_,
+          int kRowStages_ = kStages_>
 struct Config {
   static constexpr int kValueTiles = kValueTiles_;
   static constexpr bool kReverse = kReverse_;
   static constexpr int kHeadDim = 128;                      // K and V
   static constexpr int kColumns = 64;                       // of V, of one warpgroup
   static constexpr int kStages = kStages_;                  // as many as fit
+  static constexpr int kRowStages = kRowStages_;
+  static_assert(kRowStages <= kStages);
   static constexpr int kThreads = 128 * (kValueTiles + 1);  // warpgroup 0 loads, the others compute
   static constexpr int kLoaderRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
@@ -61,30 +65,50 @@ struct Config {
   }
   static constexpr int kTiles = place(kOperandTiles);
 
-  struct alignas(1024) Stage {
-    uint8_t operands[kTiles][8192];   // [token] rows of 128 bytes, swizzled
-    uint8_t rows[kValueTiles][8192];  // [token] rows of a warpgroup's 64 columns of v or d_o,
-                                      // swizzled; then the rows of a result
-    float chunk_decay[kHeadDim];
-    float beta[kChunk];
-    ChunkHeader header;
+  struct Shared {
+    alignas(1024) uint8_t operands[kStages][kTiles][8192];  // [token] rows of 128 bytes, swizzled
+    // [token] rows of a warpgroup's 64 columns of v or d_o, swizzled; then the rows of a result
+    uint8_t rows[kRowStages][kValueTiles][8192];
+    float beta[kRowStages][kChunk];
+    float chunk_decay[kStages][kHeadDim];
+    ChunkHeader header[kStages];
+    uint64_t full[kStages];   // a loader fills operands, decay and header, the consumers wait
+    uint64_t empty[kStages];  // the consumers empty them, the loaders wait
+    uint64_t rows_full[kRowStages];  // the same of rows and beta, and of zeros among the operands
+    uint64_t rows_empty[kRowStages];
   };
 
-  struct Shared {
-    Stage stages[kStages];
-    uint64_t full[kStages];   // the loaders fill a stage, the consumers wait
-    uint64_t empty[kStages];  // the consumers empty it, the loaders wait
+  // A chunk in shared memory, as its consumers see it.
+  struct Stage {
+    uint8_t (*operands)[8192];
+    uint8_t (*rows)[8192];
+    const float *chunk_decay, *beta;
+    const ChunkHeader& header;
+    uint64_t *empty, *rows_full, *rows_empty;
+    uint32_t rows_parity;
+
+    __device__ __forceinline__ void wait_for_rows() const { mbarrier_wait(rows_full, rows_parity); }
+    // This warp reads nothing of it any more.
+    __device__ __forceinline__ void release(int lane) const {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(empty);
+    }
+    __device__ __forceinline__ void release_rows(int lane) const {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(rows_empty);
+    }
   };
 };
 
-// A CTA's share of a scan: of every `ctas` items one, by turns from the front and from the back,
-// since the longest segments come first. Without segments, rows may be cut into pieces of
+// A CTA's share of a scan: of every `ctas` items one, by turns from the front and from the back
+// where the longest segments come first. Without segments, rows may be cut into pieces of
 // so many tokens, of which the first `pieces` are walked.
 struct Share {
   int64_t cta;
   int64_t ctas;
   int64_t pieces = 1;
   int64_t piece_tokens = 0;  // 0: the whole row
+  bool by_turns = true;
 };
 
 // The chunks of a CTA in the order of its work. Both loaders and, through the headers, the
@@ -103,7 +127,8 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
   const int64_t items = segments * p.shape.HV * kSplits;
   for (int64_t round = 0;; ++round) {
     const int64_t item =
-        round * share.ctas + (round % 2 == 0 ? share.cta : share.ctas - 1 - share.cta);
+        round * share.ctas +
+        (round % 2 == 0 || !share.by_turns ? share.cta : share.ctas - 1 - share.cta);
     if (item >= items) break;
     const int64_t index = item / (p.shape.HV * kSplits), head = item / kSplits % p.shape.HV;
     const int64_t row = index / share.pieces, piece = index % share.pieces;
@@ -158,6 +183,17 @@ struct Ring {
   }
 };
 
+// Waits until chunk_prepare, which may run beside this kernel, has written the chunk that begins at
+// an operand row. Every lane that copies waits, since the last fence is its own.
+__device__ __forceinline__ void wait_until_prepared(const uint8_t* workspace,
+                                                    const ForwardWorkspace& w,
+                                                    int64_t operand_row) {
+  const uint32_t* word =
+      reinterpret_cast<const uint32_t*>(workspace + w.prepared) + operand_row / 32;
+  while ((load_acquire(word) >> (operand_row % 32) & 1) == 0) __nanosleep(100);
+  fence_async_global();  // what the writer released, before the copy engine reads it
+}
+
 // One warp: headers, decays and operand tiles, by the copy engine.
 template <class Config>
 __device__ __forceinline__ void load_operands(typename Config::Shared& s, const ForwardParams& p,
@@ -168,67 +204,86 @@ __device__ __forceinline__ void load_operands(typename Config::Shared& s, const 
   const int place = Config::place(lane);
   for_each_chunk<Config>(
       p, w, share, [&](const ChunkHeader& header, int64_t operand_row, int64_t decay_slot) {
+        if (w.overlap.processors > 0 && header.length > 0)
+          wait_until_prepared(workspace, w, operand_row);
         mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
-        typename Config::Stage& to = s.stages[ring.stage];
         uint64_t* full = &s.full[ring.stage];
         const uint32_t tile_bytes = header.length * static_cast<uint32_t>(kTileRowBytes);
         const bool decays =
             decay_slot >= 0;  // else nobody asks for the state behind the chunk, whatever scales it
         if (lane == 0) {
-          to.header = header;
+          s.header[ring.stage] = header;
           mbarrier_arrive_expect(full,
                                  Config::kTiles * tile_bytes + (decays ? Config::kHeadDim * 4 : 0));
         }
         __syncwarp();  // the bytes are expected before any of them can arrive
         if (header.length > 0 && lane < kOperandTiles && Config::uses(lane))
-          bulk_load(to.operands[place],
+          bulk_load(s.operands[ring.stage][place],
                     workspace + w.operands + operand_row * kOperandBytes + lane * tile_bytes,
                     tile_bytes, full);
         if (decays && lane == kOperandTiles)
-          bulk_load(to.chunk_decay, workspace + w.chunk_decay + decay_slot * Config::kHeadDim * 4,
+          bulk_load(s.chunk_decay[ring.stage],
+                    workspace + w.chunk_decay + decay_slot * Config::kHeadDim * 4,
                     Config::kHeadDim * 4, full);
         ring.advance();
       });
 }
 
 // Three warps: the rows of v or d_o, [B, T, HV, V], beta, and zeros behind the end of a short chunk,
-// in every tile: what multiplies them must be finite.
+// in every tile: what multiplies them must be finite. `rows_full` tells of all of them.
 template <class Config>
 __device__ __forceinline__ void load_rows(typename Config::Shared& s, const ForwardParams& p,
                                           const ForwardWorkspace& w, const void* source,
-                                          const Share& share, int thread) {
+                                          const Share& share) {
   constexpr int kPieces = 8 * Config::kValueTiles;  // 16-byte pieces of a row
+  constexpr int kRowStep =
+      Config::kRowThreads / kPieces;  // a thread has one piece of every so many
+  static_assert(Config::kRowThreads % kPieces == 0);
   Ring<Config::kStages> ring(1);
+  Ring<Config::kRowStages> row_ring(1);
   for_each_chunk<Config>(p, w, share, [&](const ChunkHeader& header, int64_t, int64_t) {
+    const int thread = static_cast<int>(thread_index()) - 32;
     const bool has_beta = thread < header.length;
     const uint32_t beta =  // on its way while the thread waits
         has_beta ? load_beta_word(p, (header.token + thread) * p.shape.HV + header.head) : 0;
-    mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
-    typename Config::Stage& to = s.stages[ring.stage];
+    mbarrier_wait(&s.rows_empty[row_ring.stage],
+                  row_ring.parity);  // the consumers have let go of the rows
     if (header.length > 0) {
+      const int first_row = thread / kPieces, piece = thread % kPieces;
       const int64_t stride = p.shape.HV * Config::kHeadDim * 2;
       const uint8_t* rows = static_cast<const uint8_t*>(source) + header.token * stride +
-                            (header.head * Config::kHeadDim + header.value_column) * 2;
+                            (header.head * Config::kHeadDim + header.value_column) * 2 + 16 * piece;
+      // Fewer stages of rows than of operands: the next rows have little time, so they come to L2
+      // ahead of it.
+      if (Config::kRowStages < Config::kStages && !header.last && thread < kChunk &&
+          header.token + kChunk + thread < p.shape.B * p.shape.T) {
+        const uint8_t* next = rows - 16 * piece + (kChunk + thread) * stride;
+        prefetch_to_l2(next);
+        if (Config::kValueTiles > 1) prefetch_to_l2(next + 128);
+      }
+      const uint8_t* from = rows + first_row * stride;
+      uint8_t* to = s.rows[row_ring.stage][piece / 8];
 #pragma unroll 1
-      for (int at = thread; at < kChunk * kPieces; at += Config::kRowThreads) {
-        const int row = at / kPieces, piece = at % kPieces;
+      for (int row = first_row; row < kChunk; row += kRowStep, from += kRowStep * stride) {
         const bool exists = row < header.length;
-        async_load_16(&to.rows[piece / 8][swizzle128(row, piece % 8)],
-                      rows + (exists ? row : 0) * stride + 16 * piece, exists);
+        async_load_16(to + swizzle128(row, piece % 8), exists ? from : rows, exists);
       }
     }
+    mbarrier_arrive_after_async_loads(&s.rows_full[row_ring.stage]);
     if (header.length > 0 && header.length < kChunk) {
+      mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
       const int missing = (static_cast<int>(kChunk) - header.length) * 8;
       for (int tile = 0; tile < Config::kTiles; ++tile)
         for (int at = thread; at < missing; at += Config::kRowThreads)
-          *reinterpret_cast<uint4*>(&to.operands[tile][header.length * kTileRowBytes + 16 * at]) =
+          *reinterpret_cast<uint4*>(
+              &s.operands[ring.stage][tile][header.length * kTileRowBytes + 16 * at]) =
               make_uint4(0, 0, 0, 0);
       fence_async_shared();  // these zeros, before the tensor cores read them
     }
-    if (thread < kChunk) to.beta[thread] = has_beta ? beta_from_word(p, beta) : 0.0f;
-    mbarrier_arrive_after_async_loads(&s.full[ring.stage]);  // the rows
-    mbarrier_arrive(&s.full[ring.stage]);                    // the zeros and beta
+    if (thread < kChunk) s.beta[row_ring.stage][thread] = has_beta ? beta_from_word(p, beta) : 0.0f;
+    mbarrier_arrive(&s.rows_full[row_ring.stage]);  // the zeros and beta
     ring.advance();
+    row_ring.advance();
   });
 }
 
@@ -244,13 +299,16 @@ struct Place {
 template <class Config, class Consume>
 __device__ __forceinline__ void scan(const ForwardParams& p, const ForwardWorkspace& w,
                                      const void* rows, const Share& share, Consume consume) {
-  extern __shared__ uint8_t shared_bytes[];
-  typename Config::Shared& s = *reinterpret_cast<typename Config::Shared*>(
-      shared_bytes + ((1024 - (shared_address(shared_bytes) & 1023)) & 1023));
+  extern __shared__ __align__(1024) uint8_t scan_bytes[];
+  typename Config::Shared& s = *reinterpret_cast<typename Config::Shared*>(scan_bytes);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
-      mbarrier_init(&s.full[i], 1 + 2 * Config::kRowThreads);
+      mbarrier_init(&s.full[i], 1);
       mbarrier_init(&s.empty[i], 4 * Config::kValueTiles);  // each consumer warp
+    }
+    for (int i = 0; i < Config::kRowStages; ++i) {
+      mbarrier_init(&s.rows_full[i], 2 * Config::kRowThreads);
+      mbarrier_init(&s.rows_empty[i], 4 * Config::kValueTiles);
     }
     fence_barrier_init();
   }
@@ -263,7 +321,7 @@ __device__ __forceinline__ void scan(const ForwardParams& p, const ForwardWorksp
     if (warp == 0) {
       load_operands<Config>(s, p, w, share, lane);
     } else {
-      load_rows<Config>(s, p, w, rows, share, threadIdx.x - 32);
+      load_rows<Config>(s, p, w, rows, share);
     }
   } else {
     if constexpr (Config::kMoveRegisters) raise_registers<Config::kConsumerRegisters>();
@@ -271,18 +329,24 @@ __device__ __forceinline__ void scan(const ForwardParams& p, const ForwardWorksp
   }
 }
 
-// The consumers' side: warps.start(header) ahead of a segment, warps.chunk(stage, empty) for each
-// chunk, which arrives on `empty` once its warp reads nothing of the stage any more.
+// The consumers' side: warps.start(header) ahead of a segment, warps.chunk(stage) for each chunk,
+// which waits for its rows and releases stage and rows.
 template <class Config, class Warps>
 __device__ __forceinline__ void consume_chunks(typename Config::Shared& s, Warps& warps) {
   Ring<Config::kStages> ring(0);
+  Ring<Config::kRowStages> row_ring(0);
   while (true) {
-    mbarrier_wait(&s.full[ring.stage], ring.parity);  // both loaders have filled the stage
-    const ChunkHeader& header = s.stages[ring.stage].header;
-    if (header.length == 0) break;
-    if (header.first) warps.start(header);
-    warps.chunk(s.stages[ring.stage], &s.empty[ring.stage]);
+    mbarrier_wait(&s.full[ring.stage], ring.parity);  // the operands are there
+    const typename Config::Stage stage = {
+        s.operands[ring.stage],       s.rows[row_ring.stage],        s.chunk_decay[ring.stage],
+        s.beta[row_ring.stage],       s.header[ring.stage],          &s.empty[ring.stage],
+        &s.rows_full[row_ring.stage], &s.rows_empty[row_ring.stage], row_ring.parity};
+    if (stage.header.length == 0) break;
+    if (stage.header.length < kChunk) stage.wait_for_rows();  // the zeros are there
+    if (stage.header.first) warps.start(stage.header);
+    warps.chunk(stage);
     ring.advance();
+    row_ring.advance();
   }
 }
 

@@ -75,6 +75,11 @@ bool check(const Case& c) {
     good &= launch.run(i == 0 ? 0x3C : 0xFF);
     repeats &= launch.output_bits() == o && launch.state_bits() == state;
   }
+  for (StageOrder order : {StageOrder::kSerial, StageOrder::kOverlapped}) {
+    launch.params.stage_order = order;
+    good &= launch.run(0xFF);
+    repeats &= launch.output_bits() == o && launch.state_bits() == state;
+  }
   std::printf("%-44s o %.2e  state %.2e  (limit %.3f)%s%s\n", c.name.c_str(), o_error, state_error,
               c.limit, accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
   std::fflush(stdout);
@@ -135,7 +140,9 @@ bool check_packing(int64_t HV) {
   return good;
 }
 
-bool check_streams(int rounds) {
+// Calls on four streams at once: the stages of a call overlap, in fewer places than they would have
+// alone.
+bool check_streams(int rounds, StageOrder order) {
   Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
   constexpr int kStreams = 4;
   std::vector<Launch> launches;
@@ -143,6 +150,7 @@ bool check_streams(int rounds) {
   for (auto& stream : streams) {
     CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     launches.emplace_back(c);
+    launches.back().params.stage_order = order;
     launches.back().poison(0xFF);
   }
   CHECK_CUDA(cudaDeviceSynchronize());
@@ -156,7 +164,43 @@ bool check_streams(int rounds) {
     for (auto& launch : launches) good &= launch.output_bits() == o;
   }
   for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
-  std::printf("%-44s %s\n", ("four streams, " + std::to_string(rounds) + " rounds").c_str(),
+  std::printf("%-44s %s\n",
+              ("four streams, " + std::to_string(rounds) + " rounds" +
+               (order == StageOrder::kOverlapped ? ", overlapped" : ""))
+                  .c_str(),
+              good ? "equal bits" : "FAILED");
+  return good;
+}
+
+// Captured into a graph and replayed.
+bool check_graph(int replays) {
+  bool good = true;
+  Case c = packed_case("graph", 1, 4, 3, ids_from_lengths({{1, 500}, {2, 200}, {3, 90}}));
+  for (StageOrder order : {StageOrder::kSerial, StageOrder::kOverlapped}) {
+    Launch launch(c);
+    good &= launch.run(0xFF);
+    const auto o = launch.output_bits();
+    launch.params.stage_order = order;
+    cudaStream_t stream;
+    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    good &= launch.enqueue(stream) && launch.enqueue(stream);
+    CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+    CHECK_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+    for (int i = 0; i < replays; ++i) {
+      launch.poison(0xFF);
+      CHECK_CUDA(cudaDeviceSynchronize());
+      CHECK_CUDA(cudaGraphLaunch(executable, stream));
+      CHECK_CUDA(cudaDeviceSynchronize());
+      good &= launch.output_bits() == o;
+    }
+    CHECK_CUDA(cudaGraphExecDestroy(executable));
+    CHECK_CUDA(cudaGraphDestroy(graph));
+    CHECK_CUDA(cudaStreamDestroy(stream));
+  }
+  std::printf("%-44s %s\n", ("a graph, " + std::to_string(replays) + " replays").c_str(),
               good ? "equal bits" : "FAILED");
   return good;
 }
@@ -308,7 +352,9 @@ int main(int argc, char** argv) {
     for (const Case& c : cases(quick)) tally(check(c));
     tally(check_packing(2));
     if (!quick) tally(check_packing(70));
-    tally(check_streams(quick ? 3 : 1000));
+    for (StageOrder order : {StageOrder::kByShape, StageOrder::kOverlapped})
+      tally(check_streams(quick ? 3 : 1000, order));
+    tally(check_graph(quick ? 3 : 100));
     tally(check_refusals());
   }
   std::printf("%d of %d passed\n", count - failures, count);

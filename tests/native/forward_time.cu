@@ -1,5 +1,5 @@
-// Times the forward without JAX: CUDA events, median over repeats, two input sets in rotation; and
-// each stage alone.
+// Times the forward without JAX: CUDA events, median over repeats, two input sets in rotation; the
+// same with its stages one after the other, and overlapped; and each stage alone.
 //   forward_time [name ...]
 #include "problem/workspace.h"
 #include "sm90/launch.h"
@@ -11,32 +11,44 @@ using namespace jax_flashkda;
 
 void time_shape(const Shape& s, Gate gate, bool fast) {
   TimedInputs sets[2] = {{s, gate, fast, 1}, {s, gate, fast, 2}};
-  DeviceBuffer scratch(forward_workspace_bytes(sets[0].params.shape));
+  const ForwardShape& shape = sets[0].params.shape;
+  DeviceBuffer scratch(forward_workspace_bytes(shape));
   for (TimedInputs& set : sets) set.params.workspace = scratch.data();
-  const double whole = median_ms([&](int i) { require(forward(sets[i % 2].params, nullptr)); });
-  const ForwardWorkspace workspace = forward_workspace(sets[0].params.shape);
-  auto aligned = [&](int i) {
-    ForwardParams params = sets[i % 2].params;
-    params.workspace = aligned_workspace(params.workspace);
-    return params;
+  auto whole = [&](StageOrder order) {
+    return median_ms([&](int i) {
+      ForwardParams params = sets[i % 2].params;
+      params.stage_order = order;
+      require(forward(params, nullptr));
+    });
   };
-  double table = 0.0;
-  if (!s.lengths.empty())
-    table = median_ms(
-        [&](int i) { require(sm90::launch_segment_table(aligned(i), workspace, nullptr)); });
-  const double prepare = median_ms(
-      [&](int i) { require(sm90::launch_chunk_prepare(aligned(i), workspace, nullptr)); });
-  const bool in_pieces = workspace.pieces.count > 1;
-  const double pieces = !in_pieces ? 0 : median_ms([&](int i) {
-    require(sm90::launch_chunk_state_pieces(aligned(i), workspace, nullptr));
-  });
-  const double state = median_ms(
-      [&](int i) { require(sm90::launch_chunk_state_output(aligned(i), workspace, nullptr)); });
+  const double chosen = whole(StageOrder::kByShape), serial = whole(StageOrder::kSerial),
+               overlapped = whole(StageOrder::kOverlapped);
+  auto stage = [&](const ForwardWorkspace& workspace, auto... launches) {
+    return median_ms([&](int i) {
+      ForwardParams params = sets[i % 2].params;
+      params.workspace = aligned_workspace(params.workspace);
+      (require(launches(params, workspace, nullptr)), ...);
+    });
+  };
+  const ForwardWorkspace alone = forward_workspace(shape, StageOrder::kSerial),
+                         beside = forward_workspace(shape, StageOrder::kOverlapped);
+  const bool has_table = shape.has_segment_ids, in_pieces = alone.pieces.count > 1;
+  const double table = has_table ? stage(alone, sm90::launch_segment_table) : 0.0;
+  const double prepare = stage(alone, sm90::launch_chunk_prepare);
+  const double pieces = in_pieces ? stage(alone, sm90::launch_chunk_state_pieces) : 0.0;
+  const double state = stage(alone, sm90::launch_chunk_state_output);
   const double floor = 5.0 * s.B * s.T * s.HV * 256 / 4.3e9;
   std::printf(
-      "%-14s %-8s %-4s  all %7.3f ms  table %6.3f  prepare %7.3f  pieces %7.3f  state %7.3f  floor %.3f\n",
-      s.name, gate == Gate::kSoftplus ? "softplus" : "bounded", fast ? "fast" : "slow", whole,
-      table, prepare, pieces, state, floor);
+      "%-14s %-8s %-4s  all %7.3f ms  serial %7.3f  table %6.3f  prepare %7.3f  pieces %7.3f  "
+      "state %7.3f  floor %.3f",
+      s.name, gate == Gate::kSoftplus ? "softplus" : "bounded", fast ? "fast" : "slow", chosen,
+      serial, table, prepare, pieces, state, floor);
+  if (!in_pieces) {  // each on its share of the device, the other not running
+    const double share = stage(beside, sm90::clear_progress, sm90::launch_chunk_prepare);
+    std::printf("  overlapped %7.3f (%ld for state)  prepare %7.3f  state %7.3f", overlapped,
+                beside.overlap.processors, share, stage(beside, sm90::launch_chunk_state_output));
+  }
+  std::printf("\n");
   std::fflush(stdout);
 }
 

@@ -30,7 +30,7 @@ int bucket(const SegmentEntry& segment) {
 }
 
 // Padding: negative ids and 0.
-Expected definition(const std::vector<int32_t>& ids, int64_t B, int64_t T) {
+Expected definition(const std::vector<int32_t>& ids, int64_t B, int64_t T, bool in_token_order) {
   Expected e;
   for (int64_t row = 0; row < B; ++row) {
     auto key = [&](int64_t t) { return std::max(ids[row * T + t], 0); };
@@ -47,9 +47,10 @@ Expected definition(const std::vector<int32_t>& ids, int64_t B, int64_t T) {
     }
     e.row_segments.push_back(ordinal);
   }
-  std::stable_sort(
-      e.segments.begin(), e.segments.end(),
-      [](const SegmentEntry& a, const SegmentEntry& b) { return bucket(a) > bucket(b); });
+  if (!in_token_order)
+    std::stable_sort(
+        e.segments.begin(), e.segments.end(),
+        [](const SegmentEntry& a, const SegmentEntry& b) { return bucket(a) > bucket(b); });
   return e;
 }
 
@@ -63,14 +64,16 @@ bool check(const std::string& name, int64_t B, int64_t T, const std::vector<int3
   ForwardParams params{};
   params.shape = {B, T, 1, 1, 128, 128, 1, true};
   params.has_padding_segment_id = true;
-  const ForwardWorkspace w = forward_workspace(params.shape);
+  ForwardWorkspace w = forward_workspace(params.shape);
   DeviceBuffer device_ids(ids.size() * 4), workspace(w.bytes);
   device_ids.upload(ids);
   params.segment_ids = static_cast<int32_t*>(device_ids.data());
   params.workspace = workspace.data();
-  const Expected e = definition(ids, B, T);
   bool good = true;
+  Expected e;
   for (int poison : {0xFF, 0x7F, 0x00}) {
+    w.overlap.processors = poison == 0x7F ? 1 : 0;  // then segments stay in the order of tokens
+    e = definition(ids, B, T, w.overlap.processors > 0);
     workspace.fill(poison);
     const Status status = sm90::launch_segment_table(params, w, nullptr);
     if (!status.ok()) std::printf("  %s\n", status.message.c_str());

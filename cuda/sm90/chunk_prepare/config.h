@@ -59,7 +59,11 @@ struct Config {
   }
 
   struct Walk {  // over the CTA's items
-    uint32_t chunks, index, head;
+    uint32_t step;    // items to the next
+    uint32_t chunks;  // of a track
+    uint32_t first;   // track of the group
+    uint32_t track;   // in the group
+    uint32_t index;   // of the chunk in the track
   };
 
   struct Shared {
@@ -74,6 +78,7 @@ struct Config {
     alignas(16) float dt_bias[kHeadDim];
     float A_log;
     Item item, next_item;
+    int64_t written_row;  // operand row of the last item, where the state stage waits for it; or -1
     Walk walk;
   };
 };

@@ -80,19 +80,60 @@ __device__ __forceinline__ void publish_beta(Config::Shared& s, uint32_t word,
   s.beta[token] = token < length ? beta_from_word(p, word) : 0.0f;
 }
 
-// The CTA's share of the items: it counts through the heads of a chunk, then the chunks, in steps of
-// the grid's size. One warp walks; where it is lies in shared memory, not in everybody's registers.
-__device__ __forceinline__ void start_walk(Config::Walk& walk, const ForwardParams& p,
+// The CTA's share of the items. A track is a value head of a row, or of the whole table; items go
+// by groups of tracks, in a group by chunks, and of a chunk through the tracks, whose rows are
+// neighbours in memory. A CTA takes every `step`th. One warp walks; where it is lies in shared
+// memory, not in everybody's registers.
+__device__ __forceinline__ uint32_t tracks_of(const ForwardParams& p) {
+  return static_cast<uint32_t>(p.shape.has_segment_ids ? p.shape.HV : p.shape.B * p.shape.HV);
+}
+__device__ __forceinline__ uint32_t group_size(const ForwardParams& p, const ForwardWorkspace& w,
+                                               uint32_t first) {
+  const int64_t size = w.overlap.processors > 0 ? w.overlap.tracks : p.shape.HV;
+  return min(static_cast<uint32_t>(size), tracks_of(p) - first);
+}
+
+// Carries what `track` counts beyond the group over to the next chunks, and groups.
+__device__ __forceinline__ void carry_over(Config::Walk& walk, const ForwardParams& p,
                                            const ForwardWorkspace& w) {
-  const int64_t T = p.shape.T;
-  int64_t chunks = p.shape.B * ((T + kChunk - 1) / kChunk);  // below 2^31
+  uint32_t size = group_size(p, w, walk.first);
+  while (size > 0 && walk.track >= size) {
+    walk.index += walk.track / size;
+    walk.track %= size;
+    if (walk.index < walk.chunks) return;
+    walk.track += (walk.index - walk.chunks) * size;  // of the next group
+    walk.index = 0;
+    walk.first += size;
+    size = group_size(p, w, walk.first);
+  }
+}
+
+// The number of this CTA among the `workers` that share the items, or one behind them. The CTAs on
+// as many multiprocessors as the state stage gets leave, for it to run there; but at most as many
+// as are to spare, so that wherever CTAs come to run, each share of the items has its worker.
+__device__ __forceinline__ uint32_t worker_number(const ForwardParams& p, const ForwardWorkspace& w,
+                                                  uint32_t workers) {
+  StageProgress* progress =
+      reinterpret_cast<StageProgress*>(static_cast<uint8_t*>(p.workspace) + w.progress);
+  if (multiprocessor_index() < w.overlap.processors &&
+      atomicAdd(&progress->spared, 1u) < gridDim.x - workers)
+    return workers;
+  return atomicAdd(&progress->workers, 1u);
+}
+
+__device__ __forceinline__ void start_walk(Config::Walk& walk, const ForwardParams& p,
+                                           const ForwardWorkspace& w, uint32_t workers) {
+  walk = {workers, chunks_of_row(p.shape), 0, blockIdx.x, 0};
   if (p.shape.has_segment_ids) {
     const uint8_t* counts = static_cast<const uint8_t*>(p.workspace) + w.counts;
-    chunks = clamp_to<int64_t>(reinterpret_cast<const TableCounts*>(counts)->chunks, 0,
-                               p.shape.B * T);
+    walk.chunks = static_cast<uint32_t>(clamp_to<int64_t>(
+        reinterpret_cast<const TableCounts*>(counts)->chunks, 0, p.shape.B * p.shape.T));
   }
-  const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
-  walk = {static_cast<uint32_t>(chunks), blockIdx.x / heads, blockIdx.x % heads};
+  if (w.overlap.processors > 0) {
+    walk.track = worker_number(p, w, workers);
+    if (walk.track >= workers) walk.first = tracks_of(p);
+  }
+  carry_over(walk, p, w);
 }
 
 __device__ __forceinline__ Item item_of(const ForwardParams& p, const ForwardWorkspace& w,
@@ -116,35 +157,48 @@ __device__ __forceinline__ void clear_output(const ForwardParams& p, const Item&
     o[(item.value_row + (at >> 4) * p.shape.HV) * 16 + (at & 15)] = make_uint4(0, 0, 0, 0);
 }
 
-// The next item that is not padding; the output of padding, if any, is cleared on the way.
-__device__ __forceinline__ Item find_item(Config::Walk& shared_walk, const ForwardParams& p,
+// The next item that is not padding, to shared memory; the output of padding, if any, is cleared on
+// the way. One warp.
+__device__ __forceinline__ void find_item(Item& found, Config::Walk& walk, const ForwardParams& p,
                                           const ForwardWorkspace& w, int lane) {
   const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
-  Config::Walk walk = shared_walk;
-  Item item = {};
-  while (item.length == 0 && walk.index < walk.chunks) {
-    Chunk chunk;
-    if (p.shape.has_segment_ids) {
-      const uint8_t* table = static_cast<const uint8_t*>(p.workspace) + w.chunk_table;
-      chunk = chunk_from_entry(p.shape, reinterpret_cast<const ChunkEntry*>(table)[walk.index]);
-    } else {
-      chunk = chunk_without_table(p.shape, walk.index);
+  bool more = true;
+  while (more) {
+    Item item = {};
+    more = walk.first < tracks_of(p) && walk.index < walk.chunks;
+    if (more) {
+      const uint32_t track = walk.first + walk.track;
+      Chunk chunk;
+      if (p.shape.has_segment_ids) {
+        const uint8_t* table = static_cast<const uint8_t*>(p.workspace) + w.chunk_table;
+        chunk = chunk_from_entry(p.shape, reinterpret_cast<const ChunkEntry*>(table)[walk.index]);
+      } else {
+        chunk = chunk_of_row(p.shape, track / heads, walk.index);
+      }
+      item = item_of(p, w, chunk, track % heads);
+      if (chunk.padding) {
+        if (p.o != nullptr) clear_output(p, item, lane);
+        item.length = 0;
+      }
+      more = chunk.padding;
     }
-    item = item_of(p, w, chunk, walk.head);
-    if (chunk.padding) {
-      if (p.o != nullptr) clear_output(p, item, lane);
-      item.length = 0;
+    __syncwarp();  // all lanes have read where the walk was
+    if (lane == 0) {
+      found = item;
+      walk.track += walk.step;
+      carry_over(walk, p, w);
     }
-    walk.index += gridDim.x / heads;
-    walk.head += gridDim.x % heads;
-    if (walk.head >= heads) {
-      walk.head -= heads;
-      ++walk.index;
-    }
+    __syncwarp();  // where the walk is, before it is read again
   }
-  __syncwarp();  // all lanes have read where the walk was
-  if (lane == 0) shared_walk = walk;
-  return item;
+}
+
+// Tells the state stage that the item which begins at an operand row is in memory: all threads'
+// writes of it came before a barrier. Row -1: nobody waits.
+__device__ __forceinline__ void announce(const ForwardParams& p, const ForwardWorkspace& w,
+                                         int64_t operand_row) {
+  if (operand_row < 0) return;
+  uint32_t* prepared = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.workspace) + w.prepared);
+  set_bits_release(prepared + operand_row / 32, 1u << (operand_row % 32));
 }
 
 }  // namespace jax_flashkda::chunk_prepare

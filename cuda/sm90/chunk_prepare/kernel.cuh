@@ -9,6 +9,13 @@
 // Grid: persistent CTAs over (chunk, value head), heads fastest so that neighbours read the same
 // rows of memory. A warp owns a strip of 4 tokens.
 //
+// Where the stages overlap, chunk_state_output runs beside this kernel and waits for chunks; this
+// kernel waits for nobody. The state stage can start only when every CTA of this one runs or has
+// ended, and each share of the chunks belongs to one of them: whatever anybody waits for is being
+// prepared by a CTA that nothing holds up, wherever CTAs come to run, whatever else the device
+// does, and also where the two kernels are run one after the other. Nothing hangs, and the results
+// are those of the serial order, since a chunk is read only once its flag is there.
+//
 // Read: q, k [B, T, H, K], g [B, T, HV, K], beta [B, T, HV]. Written: the workspace's operand tiles
 // and chunk decays, and zeros to o for padding. Rows behind the chunk's end are never read: they
 // count as zeros, so nothing of a neighbour can enter.
@@ -23,15 +30,21 @@ namespace jax_flashkda::chunk_prepare {
 
 // The inverse of I + A_kk, and both matrices to memory: while eight warps find the inverse's lower
 // left quarter, the others write the rest.
-__device__ __forceinline__ void invert_and_write(Config::Shared& s, uint8_t* operands, int length) {
+__device__ __forceinline__ void invert_and_write(Config::Shared& s, const ForwardParams& p,
+                                                 const ForwardWorkspace& w, uint8_t* operands,
+                                                 int length) {
   constexpr uint32_t kMergeBarrier = 1;
   Config::Matrices& m = s.matrices;
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   __syncthreads();  // A_kk complete, before the substitution reads it
   if (warp < Config::kBlocks && lane < kBlock)
     invert_diagonal_block(m.A_kk, m.A_kk_inv, warp, lane);
+  if (thread_index() == Config::kThreads - 1) announce(p, w, s.written_row);  // nobody waits for it
   __syncthreads();  // diagonal blocks of the inverse, before the merges; the item has been read
-  if (thread_index() == 0) s.item = s.next_item;
+  if (thread_index() == 0) {
+    if (w.overlap.processors > 0) s.written_row = s.item.operand_row;
+    s.item = s.next_item;
+  }
   if (warp < 4) merge_to_32(m.A_kk, m.A_kk_inv, warp, lane);
   __syncthreads();  // the 8-column halves of a block come from two warps
   if (warp < 8) {
@@ -65,21 +78,25 @@ __device__ __forceinline__ void publish_decay(DecayRows& g, Config::Shared& s,
 template <DType kGateType>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     chunk_prepare_kernel(const __grid_constant__ ForwardParams p,
-                         const __grid_constant__ ForwardWorkspace w) {
+                         const __grid_constant__ ForwardWorkspace w, uint32_t workers) {
+  wait_for_earlier_kernel();  // the tables
+  let_next_kernel_start();    // behind that, so that it too finds them
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Config::Shared& s = *reinterpret_cast<Config::Shared*>(shared_bytes);
   constexpr int kWalker = 7;  // the warp that looks for the next item
   if (threadIdx.x / 32 == kWalker) {
     const int lane = threadIdx.x % 32;
-    if (lane == 0) start_walk(s.walk, p, w);
+    if (lane == 0) start_walk(s.walk, p, w, workers);
     __syncwarp();  // the walk's start, before the other lanes read it
-    const Item first = find_item(s.walk, p, w, lane);
-    if (lane == 0) s.item = first;
+    find_item(s.item, s.walk, p, w, lane);
   }
   __syncthreads();  // the first item is there
   if (threadIdx.x < 2 * kChunk) s.norms[threadIdx.x / 2][threadIdx.x % 2] = 1.0f;
   if (threadIdx.x < Config::kHeadDim) s.dt_bias[threadIdx.x] = 0.0f;
-  if (threadIdx.x == 0) s.A_log = 0.0f;
+  if (threadIdx.x == 0) {
+    s.A_log = 0.0f;
+    s.written_row = -1;
+  }
   __syncthreads();  // what stays as it is where there are no norms, bias or A_log: before the copies
   const Item& item = s.item;
   if (item.length > 0) stage_inputs<kGateType>(s, p, item);
@@ -100,8 +117,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
                                  w.chunk_decay)[item.decay_row * Config::kHeadDim + channel] =
             exp2_fast(decay);
     } else if (warp == kWalker) {
-      const Item next = find_item(s.walk, p, w, lane);
-      if (lane == 0) s.next_item = next;
+      find_item(s.next_item, s.walk, p, w, lane);
     } else if (warp >= 8 && p.qk_l2norm) {
       const int block = warp % 4, which = warp < 12 ? 0 : 1;
       find_norms(s.norms + kBlock * block, which, shared_address(which ? s.k[block] : s.q[block]),
@@ -120,8 +136,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (s.next_item.length > 0) stage_inputs<kGateType>(s, p, s.next_item);
     clear_upper_blocks(s.matrices, Strip(item.length));
     store_scores(s, scores, Strip(item.length));
-    invert_and_write(s, operands_of(p, w, item), item.length);
+    invert_and_write(s, p, w, operands_of(p, w, item), item.length);
   }
+  if (threadIdx.x == 0) announce(p, w, s.written_row);
 }
 
 }  // namespace jax_flashkda::chunk_prepare

@@ -78,7 +78,7 @@ struct StateWarps {
     load_state(state, p.forward.initial_state, header.state, header, at);
   }
 
-  __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
+  __device__ void chunk(const typename Config::Stage& stage) {
     uint8_t* workspace = static_cast<uint8_t*>(p.forward.workspace);
     const ChunkHeader header = stage.header;
     uint32_t a[32];
@@ -90,6 +90,7 @@ struct StateWarps {
       product(projected, a, i, operand<kTileKDecayed, Config>(stage), i > 0);
     wgmma_commit();
     uint32_t values[4][4];
+    stage.wait_for_rows();
     load_rows_transposed(values, stage.rows[at.tile], at);
     if (!header.first) store_boundary(a, boundary, workspace + w.states, header, at);
     wgmma_wait<0>();
@@ -119,8 +120,8 @@ struct StateWarps {
                header, at);
     wgmma_wait<0>();
     fence_registers(state);
-    __syncwarp();
-    if (at.lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
+    stage.release(at.lane);
+    stage.release_rows(at.lane);
   }
 };
 
@@ -137,12 +138,13 @@ struct StateGradientWarps {
     load_state(state, p.d_final_state, header.state, header, at);
   }
 
-  __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
+  __device__ void chunk(const typename Config::Stage& stage) {
     uint8_t* workspace = static_cast<uint8_t*>(p.forward.workspace);
     const ChunkHeader header = stage.header;
     const float scale = p.forward.scale;
     uint32_t a[32], d_o[4][4];
     pack_operand(a, state);
+    stage.wait_for_rows();
     load_rows_transposed(d_o, stage.rows[at.tile], at);
     float from_state[32], from_output[32];
     wgmma_fence();
@@ -199,8 +201,8 @@ struct StateGradientWarps {
     wgmma_wait<0>();
     fence_registers(state);
     fence_registers(read_out);
-    __syncwarp();
-    if (at.lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
+    stage.release(at.lane);
+    stage.release_rows(at.lane);
 #pragma unroll
     for (int i = 0; i < 64; ++i) state[i] = fmaf(scale, read_out[i], state[i]);
     if (header.last) store_state(state, p.d_initial_state, header.state, header, at);

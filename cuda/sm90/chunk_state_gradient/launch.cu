@@ -16,8 +16,7 @@ namespace {
 template <int kValueTiles>
 constexpr size_t shared_bytes() {
   return std::max(sizeof(typename ForwardConfig<kValueTiles>::Shared),
-                  sizeof(typename BackwardConfig<kValueTiles>::Shared)) +
-         1024;  // the kernel aligns it itself
+                  sizeof(typename BackwardConfig<kValueTiles>::Shared));
 }
 
 template <int kValueTiles>

@@ -6,7 +6,12 @@
 namespace jax_flashkda::chunk_state_output {
 
 template <int kValueTiles>
-using Config = state_scan::Config<kValueTiles, state_scan::kAllTiles, kValueTiles == 1 ? 3 : 2,
-                                  /*kReverse=*/false>;
+struct Config : state_scan::Config<kValueTiles, state_scan::kAllTiles, /*kStages=*/3,
+                                   /*kReverse=*/false, /*kRowStages=*/kValueTiles == 1 ? 3 : 2> {
+  // What the loaders need to wait for chunk_prepare without spills.
+  static constexpr int kLoaderRegisters = 72;
+  static constexpr int kConsumerRegisters = 216;
+};
+static_assert(sizeof(Config<2>::Shared) <= 227 * 1024);
 
 }  // namespace jax_flashkda::chunk_state_output

@@ -6,7 +6,9 @@
 //   S <- Diag(exp(G_C)) S + (k exp(G_C - G))^T U
 //
 // Grid: persistent CTAs over (segment or piece of a row, value head[, half of V]); a chain of chunks
-// is serial, chains are not. Roles: see state_scan.cuh; S, R and U become register operands where they are.
+// is serial, chains are not. Where the stages overlap (problem/stage_overlap.h), a CTA has a track,
+// and its loader waits for each chunk; CTAs that find no place yet start as others end. Roles: see
+// state_scan.cuh; S, R and U become register operands where they are.
 //
 // Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state.
 #pragma once
@@ -39,7 +41,7 @@ struct StateWarps {
     }
   }
 
-  __device__ void chunk(typename Config::Stage& stage, uint64_t* empty) {
+  __device__ void chunk(const typename Config::Stage& stage) {
     uint32_t a[32];
     pack_operand(a, state);
 
@@ -53,6 +55,7 @@ struct StateWarps {
     for (int i = 0; i < 8; ++i) product(o, a, i, operand<kTileQDecayed, Config>(stage), i > 0);
     wgmma_commit();
     uint32_t values[4][4];
+    stage.wait_for_rows();
     load_rows_transposed(values, stage.rows[at.tile], at);
     wgmma_wait<1>();
     fence_registers(projected);
@@ -83,13 +86,13 @@ struct StateWarps {
     wgmma_wait<0>();
     fence_registers(state);
     fence_registers(o);
+    stage.release(at.lane);
 #pragma unroll
     for (int i = 0; i < 32; ++i) o[i] *= p.scale;
     uint32_t output[16];
     pack_operand(output, o);
     store_rows(output, stage.rows[at.tile], p.o, p.shape, header, at);
-    __syncwarp();
-    if (at.lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
+    stage.release_rows(at.lane);
     if (header.last && header.piece == w.pieces.count - 1)
       store_state(state, p.final_state, header.state, header, at);
   }
@@ -99,11 +102,17 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     chunk_state_output_kernel(const __grid_constant__ ForwardParams p,
                               const __grid_constant__ ForwardWorkspace w) {
-  const Share share = {blockIdx.x, gridDim.x, w.pieces.count, w.pieces.tokens};
+  const bool overlapped = w.overlap.processors > 0;
+  if (!overlapped) wait_for_earlier_kernel();  // all of the workspace
+  const Share share = {blockIdx.x, gridDim.x, w.pieces.count, w.pieces.tokens,
+                       /*by_turns=*/!overlapped};
   scan<Config>(p, w, p.v, share, [&](typename Config::Shared& s, const Place& at) {
     StateWarps<Config> warps{p, w, at};
     consume_chunks<Config>(s, warps);
   });
+  // Whoever waits for this kernel means the one before it too. One CTA is enough, and the last to
+  // start: the others make room.
+  if (overlapped && blockIdx.x == gridDim.x - 1) wait_for_earlier_kernel();
 }
 
 }  // namespace jax_flashkda::chunk_state_output

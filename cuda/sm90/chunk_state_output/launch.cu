@@ -17,7 +17,7 @@ constexpr char kName[] = "chunk_state_output_kernel";
 
 template <class Config>
 constexpr size_t shared_bytes() {
-  return sizeof(typename Config::Shared) + 1024;  // the kernel aligns it itself
+  return sizeof(typename Config::Shared);
 }
 
 template <class Config>
@@ -29,12 +29,11 @@ Status raise_limit() {
 }
 
 template <class Config>
-Status launch(const ForwardParams& params, const ForwardWorkspace& workspace, int64_t items,
-              int sms, CUstream_st* stream) {
-  const unsigned ctas = static_cast<unsigned>(std::min<int64_t>(items, sms));
+Status launch(const ForwardParams& params, const ForwardWorkspace& workspace, int64_t ctas,
+              CUstream_st* stream) {
   clear_older_error();
-  chunk_state_output_kernel<Config>
-      <<<ctas, Config::kThreads, shared_bytes<Config>(), stream>>>(params, workspace);
+  launch_early(chunk_state_output_kernel<Config>, static_cast<unsigned>(ctas), Config::kThreads,
+               shared_bytes<Config>(), stream, params, workspace);
   return launch_status(kName);
 }
 
@@ -50,13 +49,18 @@ Status initialize_chunk_state_output() {
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream) {
   const ForwardShape& shape = params.shape;
+  if (workspace.overlap.processors > 0) {
+    const int64_t tracks = shape.has_segment_ids ? shape.HV : shape.B * shape.HV;
+    return workspace.overlap.half_heads ? launch<HalfHead>(params, workspace, 2 * tracks, stream)
+                                        : launch<WholeHead>(params, workspace, tracks, stream);
+  }
   int sms = 0;
   if (Status status = multiprocessors(sms); !status.ok()) return status;
   const int64_t rows = shape.has_segment_ids ? shape.B * shape.T : shape.B * workspace.pieces.count;
   const int64_t chains = rows * shape.HV;
   if (shape.B * workspace.pieces.count * shape.HV * 2 <= sms)
-    return launch<HalfHead>(params, workspace, 2 * chains, sms, stream);
-  return launch<WholeHead>(params, workspace, chains, sms, stream);
+    return launch<HalfHead>(params, workspace, std::min<int64_t>(2 * chains, sms), stream);
+  return launch<WholeHead>(params, workspace, std::min<int64_t>(chains, sms), stream);
 }
 
 }  // namespace jax_flashkda::sm90

@@ -75,12 +75,13 @@ struct MapWarps {
     fence_registers(state);
   }
 
-  __device__ void chunk(MapConfig::Stage& stage, uint64_t* empty) {
+  __device__ void chunk(const MapConfig::Stage& stage) {
+    stage.wait_for_rows();
     advance<true>(offset, stage);
     advance<false>(factor, stage);
     const ChunkHeader header = stage.header;
-    __syncwarp();
-    if (at.lane == 0) mbarrier_arrive(empty);  // this warp reads nothing of the stage any more
+    stage.release(at.lane);
+    stage.release_rows(at.lane);
     if (!header.last) return;
     float* maps = reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + w.piece_maps);
     const int64_t place = map_place(p.shape, w.pieces, header.token / p.shape.T, header.piece,
@@ -93,6 +94,8 @@ struct MapWarps {
 __global__ void __launch_bounds__(MapConfig::kThreads, 1)
     chunk_state_maps_kernel(const __grid_constant__ ForwardParams p,
                             const __grid_constant__ ForwardWorkspace w) {
+  let_next_kernel_start();
+  wait_for_earlier_kernel();  // all of the workspace
   const Share share = {blockIdx.x, gridDim.x, w.pieces.count - 1, w.pieces.tokens};
   scan<MapConfig>(p, w, p.v, share, [&](MapConfig::Shared& s, const Place& at) {
     MapWarps warps{p, w, at};
@@ -111,6 +114,8 @@ __device__ __forceinline__ void stage_factor(CombineConfig::Shared& s, int turn,
 __global__ void __launch_bounds__(CombineConfig::kThreads)
     state_combine_kernel(const __grid_constant__ ForwardParams p,
                          const __grid_constant__ ForwardWorkspace w) {
+  let_next_kernel_start();
+  wait_for_earlier_kernel();  // the maps
   extern __shared__ uint8_t shared_bytes[];
   CombineConfig::Shared& s = *reinterpret_cast<CombineConfig::Shared*>(shared_bytes);
   constexpr int kSplits = 128 / CombineConfig::kColumns;

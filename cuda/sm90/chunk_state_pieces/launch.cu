@@ -14,7 +14,7 @@ using chunk_state_pieces::state_combine_kernel;
 
 namespace {
 
-constexpr size_t kMapBytes = sizeof(MapConfig::Shared) + 1024;  // the kernel aligns it itself
+constexpr size_t kMapBytes = sizeof(MapConfig::Shared);
 
 }  // namespace
 
@@ -37,12 +37,12 @@ Status launch_chunk_state_pieces(const ForwardParams& params, const ForwardWorks
   if (Status status = multiprocessors(sms); !status.ok()) return status;
   const int64_t items = chains * (workspace.pieces.count - 1);
   clear_older_error();
-  chunk_state_maps_kernel<<<static_cast<unsigned>(std::min<int64_t>(items, sms)),
-                            MapConfig::kThreads, kMapBytes, stream>>>(params, workspace);
+  launch_early(chunk_state_maps_kernel, static_cast<unsigned>(std::min<int64_t>(items, sms)),
+               MapConfig::kThreads, kMapBytes, stream, params, workspace);
   if (Status status = launch_status("chunk_state_maps_kernel"); !status.ok()) return status;
-  state_combine_kernel<<<static_cast<unsigned>(chains * (128 / CombineConfig::kColumns)),
-                         CombineConfig::kThreads, sizeof(CombineConfig::Shared), stream>>>(
-      params, workspace);
+  launch_early(state_combine_kernel,
+               static_cast<unsigned>(chains * (128 / CombineConfig::kColumns)),
+               CombineConfig::kThreads, sizeof(CombineConfig::Shared), stream, params, workspace);
   return launch_status("state_combine_kernel");
 }
 

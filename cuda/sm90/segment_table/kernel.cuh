@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "core/ptx.cuh"
 #include "problem/segments.cuh"
 #include "sm90/segment_table/config.h"
 
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(Config::kThreads)
     segment_blocks_kernel(const __grid_constant__ ForwardParams p,
                           const __grid_constant__ ForwardWorkspace w) {
   __shared__ Config::Shape::Shared s;
+  let_next_kernel_start();
   Cta cta;
   summarize_block<Config::Shape>(cta, s, ids_of(p), blockIdx.x, blocks_of(p, w));
 }
@@ -80,7 +82,10 @@ __global__ void __launch_bounds__(Config::kThreads)
   const Tables tables = {reinterpret_cast<ChunkEntry*>(workspace + w.chunk_table),
                          reinterpret_cast<SegmentEntry*>(workspace + w.segment_table),
                          reinterpret_cast<TableCounts*>(workspace + w.counts),
-                         reinterpret_cast<int32_t*>(workspace + w.row_segments)};
+                         reinterpret_cast<int32_t*>(workspace + w.row_segments),
+                         w.overlap.processors > 0};
+  let_next_kernel_start();
+  wait_for_earlier_kernel();  // what each block holds
   Cta cta;
   if (gridDim.x == 1) summarize_block<Config::Shape>(cta, s, ids_of(p), 0, blocks_of(p, w));
   write_block<Config::Shape>(cta, s, ids_of(p), blockIdx.x, blocks_of(p, w), tables);

@@ -14,12 +14,14 @@ Status launch_segment_table(const ForwardParams& params, const ForwardWorkspace&
   const auto blocks =
       static_cast<unsigned>(Config::Shape::blocks(params.shape.B * params.shape.T + 1));
   clear_older_error();
-  if (blocks > 1) {
-    segment_table::segment_blocks_kernel<<<blocks, Config::kThreads, 0, stream>>>(params,
-                                                                                  workspace);
-    if (Status status = launch_status("segment_blocks_kernel"); !status.ok()) return status;
+  if (blocks == 1) {
+    segment_table::segment_table_kernel<<<1, Config::kThreads, 0, stream>>>(params, workspace);
+    return launch_status("segment_table_kernel");
   }
-  segment_table::segment_table_kernel<<<blocks, Config::kThreads, 0, stream>>>(params, workspace);
+  segment_table::segment_blocks_kernel<<<blocks, Config::kThreads, 0, stream>>>(params, workspace);
+  if (Status status = launch_status("segment_blocks_kernel"); !status.ok()) return status;
+  launch_early(segment_table::segment_table_kernel, blocks, Config::kThreads, 0, stream, params,
+               workspace);
   return launch_status("segment_table_kernel");
 }
 

@@ -220,6 +220,9 @@ def test_loading_onto_a_mesh(tmp_path):
     experts = sharded.layers[1].mlp.down_proj.kernel[...]
     assert experts.sharding.spec == PartitionSpec(None, "model", "data")
     assert experts.addressable_shards[0].data.shape == (8, 12, 6)
+    with jax.set_mesh(mesh):
+        logits = logits_of(sharded, jnp.tile(TOKENS, (2, 1)))
+    np.testing.assert_allclose(logits[:2], logits_of(model, TOKENS), rtol=0, atol=1e-5)
 
 
 def test_tied_head_is_the_embedding():

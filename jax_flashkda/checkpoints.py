@@ -23,7 +23,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    if error.name != "flax":
+        raise
+    message = "checkpoints need flax: pip install 'jax_flashkda[checkpoints]'"
+    raise ImportError(message) from error
 
 from ._layer import KimiDeltaAttention
 from ._tensor_files import CheckpointError, TensorFiles, shortened, write_tensor_files
@@ -299,12 +306,14 @@ def load(module: nnx.Module, path, rules: Rules, *, prefix: str = "", ignore=())
     - `ignore`: regular expressions; a tensor is not unexpected if one matches its name's beginning.
 
     **Raises** `CheckpointError`, before anything changes, listing every tensor that is missing,
-    unexpected, misshapen, or of a type that is no float of 16 bits or more. `ValueError` if a
-    parameter has no rule, or a rule no variable."""
+    unexpected, misshapen, or of a type that is no float of 16 bits or more. `ValueError`, before
+    anything changes, listing the parameters that their mesh does not divide, or if a parameter has
+    no rule, or a rule no variable."""
     files = path if isinstance(path, TensorFiles) else TensorFiles(path)
     variables = _variables_of_rules(module, rules)
     chosen = {name: _recognised(rules[name], files.tensors) for name in variables}
     _check_fit(chosen, files, _with_dot(prefix), ignore)
+    _check_places(variables)
     for name, variable in variables.items():
         pieces = [_read(files, piece) for piece in chosen[name].pieces]
         value = chosen[name].from_pieces(pieces)
@@ -425,6 +434,24 @@ def _check_fit(chosen, files, prefix, ignore):
             f"{len(names)} {what}: {shortened(names)}" for what, names in problems.items() if names
         ]
         raise CheckpointError("\n  ".join([f"{files.path} does not fit the module:", *lines]))
+
+
+def _check_places(variables):
+    problems = []
+    for name, variable in variables.items():
+        sharding = variable.get_value().sharding
+        try:
+            if sharding is not None:
+                sharding.shard_shape(variable.shape)
+        except ValueError:
+            mesh = sharding.mesh
+            problems.append(f"{name} {list(variable.shape)} as {sharding.spec}")
+    if problems:
+        sizes = ", ".join(f"{axis} = {size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"the mesh ({sizes}) does not divide {shortened(problems)}: choose other sizes of the"
+            " mesh, or name no axis there"
+        )
 
 
 def _read(files, piece):

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +220,25 @@ def test_abstract_and_sharded_modules(tmp_path):
         assert module.q_proj.kernel[...].sharding == NamedSharding(mesh, spec)
 
 
+def test_a_mesh_that_does_not_divide_the_parameters(tmp_path):
+    layer = make_layer()
+    checkpoints.save_layer(layer, tmp_path)
+    mesh = jax.make_mesh((1, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    make = lambda: KimiDeltaAttention(  # noqa: E731
+        HIDDEN, H, K, **OPTIONS, axis_names=("data", "model"), rngs=nnx.Rngs(1)
+    )
+    abstract = nnx.merge(*nnx.get_abstract_model(make, mesh))
+    with pytest.raises(ValueError) as error:
+        checkpoints.load_layer(abstract, tmp_path)
+    message = str(error.value)
+    assert "the mesh (data = 1, model = 4) does not divide" in message
+    assert "q_proj.kernel [24, 2, 8] as PartitionSpec('data', 'model', None)" in message.replace(
+        "as P(", "as PartitionSpec("
+    )
+    assert "v_proj" not in message  # its 4 heads are divided
+    assert isinstance(abstract.v_proj.kernel.get_value(), jax.ShapeDtypeStruct)
+
+
 # Against transformers.
 
 
@@ -259,6 +281,20 @@ def test_state_dict_of_transformers(tmp_path):
 
 
 # What is refused.
+
+
+@pytest.mark.parametrize("absent", ["flax", "safetensors"])
+def test_what_must_be_installed_is_named(absent):
+    code = (
+        f"import sys; sys.modules[{absent!r}] = None\n"
+        "try:\n    import jax_flashkda.checkpoints\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert ran.stdout == (
+        f"checkpoints need {absent}: pip install 'jax_flashkda[checkpoints]'\n"
+    ), ran.stderr
 
 
 def failure(layer, path, prefix=""):

@@ -9,9 +9,10 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 EXAMPLES = DOCS.parent / "examples"
 NEEDS = {
-    "serving": ["flax"],
     "checkpoints": ["flax", "safetensors"],
     "kimi_linear": ["flax", "safetensors"],
+    "serving": ["flax"],
+    "training_at_scale": ["flax"],
 }
 
 

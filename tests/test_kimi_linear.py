@@ -1,7 +1,9 @@
 """The Kimi Linear example against transformers, through the files that save_pretrained writes."""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -43,6 +45,10 @@ CONFIG = kimi_linear.Config(
     expert_groups=4,
     expert_groups_per_token=2,
     routed_scaling_factor=1.7,
+)
+# One layer of each kind, where three would compute nothing new.
+SMALL = dataclasses.replace(
+    CONFIG, layer_types=CONFIG.layer_types[:2], mlp_layer_types=CONFIG.mlp_layer_types[:2]
 )
 VARIANTS = {
     "grouped experts": {},
@@ -90,9 +96,15 @@ RELEASED = {
 }
 
 
-def make_model(config=CONFIG, seed=0, **options):
+# What is tested here is what is computed, not how fast: compiling takes a third of the time so.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+
+def make_model(config=CONFIG, seed=0):
     """Random, in its norms and router biases too."""
-    model = kimi_linear.KimiLinear(config, **options, rngs=nnx.Rngs(seed))
+    make = lambda: nnx.split(kimi_linear.KimiLinear(config, rngs=nnx.Rngs(seed)))  # noqa: E731
+    model = nnx.merge(*jit(make)())
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path[-1] in ("scale", "correction_bias"):
             key = jax.random.fold_in(jax.random.key(seed), len(str(path)))
@@ -103,7 +115,7 @@ def make_model(config=CONFIG, seed=0, **options):
 
 
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 70))
-logits_of = nnx.jit(lambda model, tokens, ids=None: model(tokens, segment_ids=ids))
+logits_of = jit(lambda model, tokens, ids=None: model(tokens, segment_ids=ids))
 
 
 def parameters(model):
@@ -141,6 +153,24 @@ def test_logits_of_transformers(tmp_path, variant):
     logits = np.asarray(logits_of(model, TOKENS))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+    # Step by step, each with its own caches.
+    if variant == "grouped experts":
+        step = jit(lambda model, token, cache: model.step(token, cache))
+        logits, cache = jit(lambda model, tokens: model.prefill(tokens, 70))(model, TOKENS[:, :66])
+        with torch.no_grad():
+            theirs_so_far = theirs(torch.tensor(TOKENS[:, :66]), use_cache=True)
+        for position in range(66, 70):
+            close = functools.partial(np.testing.assert_allclose, rtol=0)
+            wanted = theirs_so_far.logits[:, -1].numpy()
+            close(logits, wanted, atol=2e-5 * np.abs(expected).max())
+            token = TOKENS[:, position : position + 1]
+            logits, cache = step(model, token, cache)
+            logits = logits[:, 0]
+            with torch.no_grad():
+                theirs_so_far = theirs(
+                    torch.tensor(token), past_key_values=theirs_so_far.past_key_values
+                )
 
     # And back: what we save, transformers loads to the last bit.
     kimi_linear.save(model, tmp_path / "ours")
@@ -182,7 +212,7 @@ def test_files_round_trip(tmp_path, tied):
 
 
 def test_loading_onto_a_mesh(tmp_path):
-    model = make_model()
+    model = make_model(SMALL)
     kimi_linear.save(model, tmp_path)
     mesh = jax.make_mesh((4, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     sharded = kimi_linear.load(tmp_path, mesh=mesh, axis_names=("data", "model"))
@@ -190,11 +220,14 @@ def test_loading_onto_a_mesh(tmp_path):
     experts = sharded.layers[1].mlp.down_proj.kernel[...]
     assert experts.sharding.spec == PartitionSpec(None, "model", "data")
     assert experts.addressable_shards[0].data.shape == (8, 12, 6)
+    with jax.set_mesh(mesh):
+        logits = logits_of(sharded, jnp.tile(TOKENS, (2, 1)))
+    np.testing.assert_allclose(logits[:2], logits_of(model, TOKENS), rtol=0, atol=1e-5)
 
 
 def test_tied_head_is_the_embedding():
-    tied = make_model(dataclasses.replace(CONFIG, tie_word_embeddings=True))
-    untied = make_model()
+    tied = make_model(dataclasses.replace(SMALL, tie_word_embeddings=True))
+    untied = make_model(SMALL)
     untied.head.kernel[...] = untied.embed.embedding[...].T
     nnx.update(tied, nnx.filter_state(nnx.state(untied), lambda path, _: "head" not in path))
     np.testing.assert_allclose(
@@ -228,7 +261,7 @@ def test_config_refuses(changes, message):
 def test_a_folder_that_does_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="a model comes with its config.json"):
         kimi_linear.load(tmp_path)
-    kimi_linear.save(make_model(), tmp_path)
+    kimi_linear.save(make_model(SMALL), tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"num_experts": 12}))
     with pytest.raises(checkpoints.CheckpointError, match=r"experts\.8\.w1\.weight"):
@@ -239,7 +272,7 @@ def test_a_folder_that_does_not_fit(tmp_path):
 
 
 def test_packed_rows_equal_documents_alone():
-    model = make_model()
+    model = make_model(SMALL)
     lengths = [30, 1, 25]
     ids = np.tile(np.repeat([1, 2, 1, 0], [*lengths, 70 - sum(lengths)]), (2, 1))
     packed = logits_of(model, TOKENS, ids)
@@ -255,16 +288,15 @@ def test_packed_rows_equal_documents_alone():
 
 
 def test_every_parameter_is_trained():
-    kinds = dict(layer_types=CONFIG.layer_types[:2], mlp_layer_types=CONFIG.mlp_layer_types[:2])
-    model = make_model(dataclasses.replace(CONFIG, **kinds))
-    grads = nnx.jit(nnx.grad(lambda model: jnp.mean(model(TOKENS) ** 2)))(model)
+    model = make_model(SMALL)
+    grads = jit(nnx.grad(lambda model: jnp.mean(model(TOKENS) ** 2)))(model)
     for path, gradient in nnx.to_flat_state(grads):
         assert jnp.isfinite(gradient[...]).all() and jnp.any(gradient[...] != 0), path
 
 
 def test_generation_by_definition(tmp_path):
     """Greedy through the command, which loads the weights from files; sampled in this process."""
-    model, prompt = make_model(), TOKENS[0, :5].tolist()
+    model, prompt = make_model(SMALL), TOKENS[0, :5].tolist()
     window = np.zeros_like(TOKENS)
     window[:, :5] = prompt
     for position in range(5, 11):
@@ -274,6 +306,7 @@ def test_generation_by_definition(tmp_path):
         [sys.executable, "-W", "error", "-m", "kimi_linear", tmp_path, *map(str, prompt)]
         + ["--length", "6"],
         cwd=EXAMPLES,
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -281,11 +314,57 @@ def test_generation_by_definition(tmp_path):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.splitlines()[-1] == " ".join(map(str, window[0, 5:11]))
 
+    # Prompts of other lengths beside it change nothing; a low temperature is greedy.
+    prompts = np.stack([window[0, :9], TOKENS[0, :9]])
+    options = dict(lengths=[5, 9], temperature=1e-4)
+    drawn = kimi_linear.generate(model, prompts, 6, **options, key=jax.random.key(1))
+    np.testing.assert_array_equal(drawn[0], window[0, 5:11])
+
+    # A high one draws all tokens alike, by the key and each row for itself.
+    options = dict(lengths=[5, 9], temperature=1e6)
     drawn, again, other = (
-        kimi_linear.generate(model, prompt, 6, temperature=5.0, key=jax.random.key(seed)).tolist()
+        kimi_linear.generate(model, prompts, 6, **options, key=jax.random.key(seed))
         for seed in (1, 1, 2)
     )
-    assert drawn[:5] == prompt and len(drawn) == 11
-    assert drawn == again != other
-    with pytest.raises(ValueError, match="temperature must be 0, or above it with a key, got 1"):
-        kimi_linear.generate(model, prompt, 6, temperature=1.0)
+    np.testing.assert_array_equal(drawn, again)
+    assert (drawn != other).mean() > 0.5 and (drawn[0] != drawn[1]).mean() > 0.5
+    assert len(np.unique(drawn)) > 6
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(temperature=1.0), "temperature must be 0, or above it with a key, got 1"),
+        (dict(tokens=[1, 2]), r"tokens must be \[B, T\] with a token each at least, got \(2,\)"),
+        (dict(lengths=[0]), r"lengths must be \[1\], from 1 to T, got \[0\]"),
+        (dict(length=0), "length must be at least 1, got 0"),
+    ],
+)
+def test_generation_refuses(changes, message):
+    arguments = dict(tokens=[[1, 2]], length=3) | changes
+    with pytest.raises(ValueError, match=message):
+        kimi_linear.generate(None, **arguments)
+
+
+def test_prefill_and_steps_equal_whole_rows():
+    """Rows at different lengths, one and several tokens a step."""
+    model = make_model(dataclasses.replace(SMALL, **VARIANTS["low-rank queries"]))
+    graphdef, state = nnx.split(model)
+    prefill = jit(lambda s, *a: nnx.merge(graphdef, s).prefill(a[0], 70, lengths=a[1]))
+    step = jit(lambda s, *a: nnx.merge(graphdef, s).step(*a), donate_argnums=2)
+    expected = np.asarray(logits_of(model, TOKENS))
+    lengths = np.array([40, 3], np.int32)
+    rows = np.arange(2)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
+
+    logits, cache = prefill(state, TOKENS[:, :40], lengths)
+    close(logits, expected[rows, lengths - 1])
+    for count in (1, 1, 3, 1, 3):
+        at = lengths[:, None] + np.arange(count)
+        logits, cache = step(state, TOKENS[rows[:, None], at], cache)
+        close(logits, expected[rows[:, None], at])
+        lengths = lengths + count
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    assert step._cache_size() == 2  # one program for one token, one for three, whatever the lengths
+    with pytest.raises(ValueError, match="capacity 39 is less than the 40 tokens of the prompts"):
+        model.prefill(TOKENS[:, :40], 39)

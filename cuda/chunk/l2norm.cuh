@@ -6,28 +6,6 @@
 
 namespace jax_flashkda {
 
-// Hands half of the remaining values to the partner lane and takes the partner's share of the other
-// half.
-template <int kHalf, int kCount>
-__device__ __forceinline__ void fold_lanes(float (&values)[kCount], int lane) {
-  const bool upper = lane & kHalf;
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const float low = values[i], high = values[i + kHalf];
-    values[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kHalf);
-  }
-}
-
-// Sums 16 values over the 32 lanes at once: lane l returns the sum of value l % 16, after 16
-// shuffles instead of 80. The order of additions is fixed.
-__device__ __forceinline__ float sum_over_lanes(float (&values)[16], int lane) {
-  fold_lanes<8>(values, lane);
-  fold_lanes<4>(values, lane);
-  fold_lanes<2>(values, lane);
-  fold_lanes<1>(values, lane);
-  return values[0] + __shfl_xor_sync(0xffffffffu, values[0], 16);
-}
-
 __device__ __forceinline__ float sum_of_squares(uint2 x) {
   float sum = bf16_low(x.x) * bf16_low(x.x);
   sum = fmaf(bf16_high(x.x), bf16_high(x.x), sum);

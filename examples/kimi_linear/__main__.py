@@ -31,8 +31,8 @@ def main():
     print(f"{count / 1e6:.2f} M parameters in {jnp.dtype(dtype).name}")
     key = jax.random.key(arguments.seed)
     options = dict(temperature=arguments.temperature, key=key)
-    continued = generate(model, arguments.tokens, arguments.length, **options)
-    print(*continued[len(arguments.tokens) :].tolist())
+    continued = generate(model, [arguments.tokens], arguments.length, **options)
+    print(*continued[0].tolist())
 
 
 if __name__ == "__main__":

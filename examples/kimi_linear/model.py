@@ -6,6 +6,7 @@ Three KDA layers to one of full attention in the released model. Neither has pos
 the order of tokens by its decay. Rows may be packed; nothing crosses from segment to segment."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,29 @@ from jax_flashkda import KimiDeltaAttention
 
 from .config import Config
 
+FLOAT32 = dict(preferred_element_type=jnp.float32)
+
 
 class Buffer(nnx.Variable):
     """Part of a checkpoint, but not trained by gradients."""
 
 
+class LatentCache(NamedTuple):
+    """What latent attention keeps of B sequences: S slots for tokens, the first ones filled."""
+
+    latent: jax.Array  # [B, S, kv_lora_rank], normalised
+    shared: jax.Array  # [B, S, qk_rope_head_dim]
+
+
+class Cache(NamedTuple):
+    """What the model keeps of B sequences of any lengths; a pytree."""
+
+    layers: tuple  # of each layer a KimiDeltaCache or a LatentCache
+    lengths: jax.Array  # int32 [B], tokens so far
+
+
 class KimiLinear(nnx.Module):
-    """Token ids to logits.
+    """Token ids to logits, of whole rows or with caches token by token.
 
     **Arguments**
 
@@ -97,7 +114,59 @@ class KimiLinear(nnx.Module):
         **Returns** float32 [B, T, vocabulary]; at padding the logits mean nothing."""
         x = self.embed(tokens)
         for layer in self.layers:
-            x = layer(x, segment_ids)
+            x, _ = layer(x, lambda attention, x: (attention(x, segment_ids=segment_ids), None))
+        return self._logits(x)
+
+    def prefill(self, tokens, capacity, *, lengths=None):
+        """Read prompts.
+
+        **Arguments**
+
+        - `tokens`: int32 [B, T].
+        - `capacity`: S, how many tokens a sequence may come to have, prompt included (static).
+        - `lengths`: int32 [B], the prompts' lengths, at least 1; what stands behind a prompt is not
+          read. By default all are T.
+
+        **Returns** the logits after each prompt, float32 [B, vocabulary], and a `Cache`."""
+        rows, T = tokens.shape
+        if capacity < T:
+            raise ValueError(f"capacity {capacity} is less than the {T} tokens of the prompts")
+        packed = {}
+        if lengths is not None:
+            ids = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
+            packed = dict(segment_ids=ids, max_segments=1)
+
+        def prefill(attention, x):
+            if isinstance(attention, LatentAttention):
+                return attention.prefill(x, capacity)
+            return attention.prefill(x, **packed)
+
+        x, caches = self.embed(tokens), []
+        for layer in self.layers:
+            x, cache = layer(x, prefill)
+            caches.append(cache)
+        lengths = jnp.full(rows, T, jnp.int32) if lengths is None else lengths
+        last = x[jnp.arange(rows), lengths - 1]
+        return self._logits(last), Cache(tuple(caches), lengths)
+
+    def step(self, tokens, cache):
+        """The next tokens of B sequences, whatever their lengths so far.
+
+        **Arguments**
+
+        - `tokens`: int32 [B, n], n of 1 to 8.
+        - `cache`: a `Cache`; a sequence must not outgrow its capacity, which is not checked. Donate
+          it to `jax.jit`, and it is updated in place.
+
+        **Returns** the logits after each token, float32 [B, n, vocabulary], and the `Cache`."""
+        x, caches = self.embed(tokens), []
+        for layer, before in zip(self.layers, cache.layers, strict=True):
+            lengths = (cache.lengths,) if isinstance(before, LatentCache) else ()
+            x, after = layer(x, lambda attention, x: attention.step(x, before, *lengths))  # noqa: B023
+            caches.append(after)
+        return self._logits(x), Cache(tuple(caches), cache.lengths + tokens.shape[1])
+
+    def _logits(self, x):
         x = self.norm(x)
         logits = self.embed.attend(x) if self.config.tie_word_embeddings else self.head(x)
         return logits.astype(jnp.float32)
@@ -108,9 +177,11 @@ class Layer(nnx.Module):
         self.attention_norm, self.attention = norm(hidden_size), attention
         self.mlp_norm, self.mlp = norm(hidden_size), mlp
 
-    def __call__(self, x, segment_ids):
-        x = x + self.attention(self.attention_norm(x), segment_ids=segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x, attend):
+        """x, and what `attend(attention, normalised x)` returns beside its result."""
+        y, cache = attend(self.attention, self.attention_norm(x))
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class LatentAttention(nnx.Module):
@@ -119,8 +190,8 @@ class LatentAttention(nnx.Module):
         latent [kv_lora_rank], shared [qk_rope_head_dim] = W_a x
         k_h, v_h = W_b RMSNorm(latent);    key of head h = [k_h, shared]
 
-    Only latent and shared would have to be cached. The scores of a row are held at once, [heads, T,
-    T] in float32, so long rows want a fused attention in their place."""
+    Only latent and shared are cached. The scores of a row are held at once, [heads, T, T] in
+    float32, so long rows want a fused attention in their place."""
 
     def __init__(self, config, linear, norm):
         self.nope, self.v_dim = config.qk_nope_head_dim, config.v_head_dim
@@ -142,17 +213,52 @@ class LatentAttention(nnx.Module):
         self.o_proj = linear((heads, self.v_dim), hidden, ("heads", None, "hidden"))
 
     def __call__(self, x, *, segment_ids=None):
-        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.low_rank_q else self.q_proj(x)
-        latent, shared = jnp.split(self.kv_a_proj(x), [self.rank], axis=-1)
-        k, v = jnp.split(self.kv_b_proj(self.kv_a_norm(latent)), [self.nope], axis=-1)
-        q, q_shared = jnp.split(q, [self.nope], axis=-1)
+        return self._attend(x, *self._latents(x), _visible(x.shape[1], segment_ids))
 
-        float32 = dict(preferred_element_type=jnp.float32)
-        scores = jnp.einsum("bthd,bshd->bhts", q, k, **float32)
-        scores += jnp.einsum("bthd,bsd->bhts", q_shared, shared, **float32)
-        visible = _visible(x.shape[1], segment_ids)
-        weights = jax.nn.softmax(jnp.where(visible, self.scale * scores, -jnp.inf))
+    def prefill(self, x, capacity):
+        """The result, and a cache with room for `capacity` tokens."""
+        latents = self._latents(x)
+        room = ((0, 0), (0, capacity - x.shape[1]), (0, 0))
+        cache = LatentCache(*(jnp.pad(latent, room) for latent in latents))
+        return self._attend(x, *latents, _visible(x.shape[1], None)), cache
+
+    def step(self, x, cache, lengths):
+        """Keys and values of the past are not made again: W_b is applied to queries and results."""
+        positions = lengths[:, None] + jnp.arange(x.shape[1])  # [B, n]
+        rows = jnp.arange(len(x))[:, None]
+        cache = LatentCache(
+            *(
+                kept.at[rows, positions].set(new)
+                for kept, new in zip(cache, self._latents(x), strict=True)
+            )
+        )
+        q, q_shared = self._queries(x)
+        w_k, w_v = jnp.split(self.kv_b_proj.kernel[...].astype(x.dtype), [self.nope], axis=-1)
+        q = jnp.einsum("bthd,rhd->bthr", q, w_k)
+        scores = jnp.einsum("bthr,bsr->bhts", q, cache.latent, **FLOAT32)
+        visible = jnp.arange(cache.latent.shape[1]) <= positions[:, None, :, None]
+        weights = self._weights(scores, q_shared, cache.shared, visible).astype(x.dtype)
+        mixed = jnp.einsum("bhts,bsr->bthr", weights, cache.latent)
+        return self.o_proj(jnp.einsum("bthr,rhd->bthd", mixed, w_v)), cache
+
+    def _queries(self, x):
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.low_rank_q else self.q_proj(x)
+        return jnp.split(q, [self.nope], axis=-1)
+
+    def _latents(self, x):
+        latent, shared = jnp.split(self.kv_a_proj(x), [self.rank], axis=-1)
+        return self.kv_a_norm(latent), shared
+
+    def _attend(self, x, latent, shared, visible):
+        q, q_shared = self._queries(x)
+        k, v = jnp.split(self.kv_b_proj(latent), [self.nope], axis=-1)
+        scores = jnp.einsum("bthd,bshd->bhts", q, k, **FLOAT32)
+        weights = self._weights(scores, q_shared, shared, visible)
         return self.o_proj(jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v))
+
+    def _weights(self, scores, q_shared, shared, visible):
+        scores += jnp.einsum("bthd,bsd->bhts", q_shared, shared, **FLOAT32)
+        return jax.nn.softmax(jnp.where(visible, self.scale * scores, -jnp.inf))
 
 
 def _visible(T, segment_ids):

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -363,8 +364,8 @@ def time_peers(results, seconds):
 # tests, record, table
 
 
-def run_tests(arguments) -> dict:
-    """Counts of the GPU tests, run in a process of their own."""
+def run_tests(arguments, gpus=None) -> dict:
+    """Counts of the GPU tests, run in a process of their own; `gpus`: the numbers it may see."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
@@ -379,6 +380,8 @@ def run_tests(arguments) -> dict:
             *arguments,
         ]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus
         status = subprocess.run(command, env=environment, cwd=ROOT).returncode
         if not report.exists():
             return {"status": status, "command": command[1:]}
@@ -491,6 +494,12 @@ def main():
     parser.add_argument(
         "--only-steps", action="store_true", help="the decode step; records nothing"
     )
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="with two GPUs: the tests on the first while the second is timed, then those of "
+        "several GPUs on both",
+    )
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument(
         "--pytest",
@@ -507,6 +516,8 @@ def main():
         print(table(json.loads(RECORD.read_text())))
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers share the memory
+    if options.beside:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "1"  # of this process, before JAX starts
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only_steps:
         print("\n".join(step_table(time_all_steps())))
@@ -520,20 +531,34 @@ def main():
         return
     record = {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
 
+    writing = threading.Lock()
+
     def keep(**more):
         """After every step: an interrupted run leaves what it found."""
-        record.update(more)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        with writing:
+            record.update(more)
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
 
-    keep(tests=None if options.no_tests else run_tests(options.pytest))
+    def test():
+        keep(tests=run_tests(options.pytest, "0" if options.beside else None))
+
+    tests = threading.Thread(target=test)
+    if not options.no_tests:
+        tests.start()
+        if not options.beside:
+            tests.join()
     time_all(SHAPES, keep)
     keep(step_ms=time_all_steps())
     keep(training_ms=time_all_training(TRAINING_SHAPES, peer_seconds > 0))
+    if options.beside and not options.no_tests:
+        tests.join()
+        several = [*options.pytest, "-k", "test_sharded or test_another_device_first"]
+        keep(tests_of_two_gpus=run_tests(several, "0,1"))
     if peer_seconds > 0:
         time_peers(record["forward_ms"], peer_seconds)
         keep()
-    print(json.dumps({name: record[name] for name in ("versions", "tests")}))
+    print(json.dumps({name: record.get(name) for name in ("versions", "tests")}))
     print(table(record))
 
 

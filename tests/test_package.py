@@ -185,7 +185,7 @@ def test_handlers_may_be_captured_in_command_buffers():
 
 
 def test_registration_is_idempotent():
-    targets = {"jax_flashkda.forward", "jax_flashkda.backward"}
+    targets = {f"jax_flashkda.{stage}" for stage in ("forward", "backward", "step")}
     assert set(extension().registrations()) == targets
     _extension.register()
     _extension.register()

@@ -14,8 +14,6 @@ def for_implementation(case, implementation):
 
     With so large heads there are fewer of them, or the reference would take minutes; but where
     dA_log is asked for, one number a head, at least 16: of a few, the peer's 16-bit error is luck.
-    For the same reason no last block of so many heads is a single token: d_beta is one number a
-    token (see "Limits" in the README).
     """
     if implementation != "cuda":
         return case
@@ -25,8 +23,7 @@ def for_implementation(case, implementation):
     if not case.A_log:
         return case
     times = -(-16 // HV)
-    T = case.T + (case.segment_ids is None and case.T % 64 == 1)
-    return cases.dataclasses.replace(case, T=T, H=times * case.H, HV=times * HV)
+    return cases.dataclasses.replace(case, H=times * case.H, HV=times * HV)
 
 
 @functools.cache

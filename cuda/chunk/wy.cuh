@@ -35,11 +35,12 @@ __device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s
   for (int i = 0; i < 16; ++i) X[i * kMatrixStride] = x[i];
 }
 
-// c[16 x 8] += a[16 x 8 Steps] b[8 Steps x 8], row-major fp32 in shared memory, as three tf32
-// products a step.
+// c[16 x 8] = a[16 x 8 Steps] b[8 Steps x 8], row-major fp32 in shared memory, as three tf32
+// products a step, each with a sum of its own: a product waits for the one before it in its sum.
 template <int Steps>
 __device__ __forceinline__ void product(float (&c)[4], const float* a, const float* b, int lane) {
   const int g = lane >> 2, t = lane & 3;
+  float low_high[4] = {}, high_low[4] = {}, high[4] = {};
 #pragma unroll
   for (int step = 0; step < Steps; ++step) {
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
@@ -50,10 +51,12 @@ __device__ __forceinline__ void product(float (&c)[4], const float* a, const flo
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       split_tf32(b[(8 * step + t + 4 * i) * kMatrixStride + g], b_high[i], b_low[i]);
-    mma_tf32(c, a_low, b_high);
-    mma_tf32(c, a_high, b_low);
-    mma_tf32(c, a_high, b_high);
+    mma_tf32(low_high, a_low, b_high);
+    mma_tf32(high_low, a_high, b_low);
+    mma_tf32(high, a_high, b_high);
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = (low_high[i] + high_low[i]) + high[i];
 }
 
 __device__ __forceinline__ void store_block(float* s, const float (&c)[4], float sign, int lane) {
@@ -71,7 +74,7 @@ __device__ __forceinline__ int matrix_at(int row, int column) {
 // intermediate L21 X11.
 __device__ __forceinline__ void merge_to_32(const float* s_A, float* s_X, int warp, int lane) {
   const int at = 32 * (warp >> 1), n = 8 * (warp & 1);
-  float c[4] = {}, d[4] = {};
+  float c[4], d[4];
   product<2>(c, s_A + matrix_at(at + 16, at), s_X + matrix_at(at, at + n), lane);
   store_block(s_X + matrix_at(at + 16, at + n), c, 1.0f, lane);
   __syncwarp();  // the intermediate's columns, before the warp that wrote them reads them
@@ -86,7 +89,7 @@ __device__ __forceinline__ void merge_to_32(const float* s_A, float* s_X, int wa
 __device__ __forceinline__ void merge_to_64(float (&tile)[4], const float* s_A, float* s_X,
                                             int warp, int lane, uint32_t barrier) {
   const int m = 16 * (warp >> 2), n = 8 * (warp & 3);
-  float c[4] = {};
+  float c[4];
   product<4>(c, s_A + matrix_at(32 + m, 0), s_X + matrix_at(0, n), lane);
   store_block(s_X + matrix_at(32 + m, n), c, 1.0f, lane);
   named_barrier(barrier, 8 * 32);  // both row halves of L21 X11 are there

@@ -19,6 +19,9 @@ __device__ __forceinline__ uint32_t thread_index() {
   return index;
 }
 
+// A value the compiler does not know any more, and so will not find anew.
+__device__ __forceinline__ void keep_in_register(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // 2^x, relative error 2^-22; results below 2^-126 are zero; 2^0 is exactly 1.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -108,6 +111,12 @@ __device__ __forceinline__ void bulk_store_commit() {
 // This thread's groups have read their shared memory, which may be written again.
 __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// All but its last kCount groups are complete: what they wrote is in memory.
+template <int kCount>
+__device__ __forceinline__ void bulk_store_wait_all_but() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kCount) : "memory");
 }
 
 // Asks for the line of an address, ahead of its load.

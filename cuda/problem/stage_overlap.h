@@ -23,12 +23,12 @@ struct StageOverlap {
 // What a call takes, in microseconds as measured on an H200.
 struct StageTimes {
   static constexpr int64_t kProcessors = 132;
-  static constexpr double kItem = 11.2;           // prepare: a chunk and head, two at a time
-  static constexpr double kHalfHead = 1.3;        // state: a chunk of half a head
+  static constexpr double kItem = 10.0;           // prepare: a chunk and head, two at a time
+  static constexpr double kHalfHead = 1.2;        // state: a chunk of half a head
   static constexpr double kWholeHead = 1.85;      // .. of a whole one
   static constexpr double kSegment = 0.6;         // .. a segment's start
   static constexpr double kItemBytes = 0.024;     // .. of all heads together, what memory allows
-  static constexpr double kHalfHeadBehind = 1.4;  // the same behind chunk_prepare
+  static constexpr double kHalfHeadBehind = 1.3;  // the same behind chunk_prepare
   static constexpr double kWholeHeadBehind = 2.0;
   static constexpr double kSegmentBehind = 1.5;
   static constexpr double kSerialStart = 10;   // two kernels one after the other

@@ -71,8 +71,14 @@ enum OperandTile {
   kOperandTiles = 8,
 };
 inline constexpr int64_t kTileRowBytes = 128;
+// Behind the tiles comes beta of the chunk's tokens, fp32, in whole pieces of 16 bytes: zeros fill the
+// last one. A piece a token is room enough.
 inline constexpr int64_t kOperandBytes =
-    kOperandTiles * kTileRowBytes;  // of a token and value head
+    kOperandTiles * kTileRowBytes + 16;  // of a token and value head
+constexpr int64_t beta_place(int64_t length) {
+  return length * kOperandTiles * kTileRowBytes;
+}
+constexpr int64_t beta_bytes(int64_t length) { return (length + 3) / 4 * 16; }
 
 // Few chains of chunks would leave most of the device idle, so a long row may be cut into pieces:
 // over a piece the state moves by an affine map, S -> M S + B, which is exact. All but the last

@@ -69,12 +69,12 @@ struct Config {
     alignas(1024) uint8_t operands[kStages][kTiles][8192];  // [token] rows of 128 bytes, swizzled
     // [token] rows of a warpgroup's 64 columns of v or d_o, swizzled; then the rows of a result
     uint8_t rows[kRowStages][kValueTiles][8192];
-    float beta[kRowStages][kChunk];
+    alignas(16) float beta[kStages][kChunk];
     float chunk_decay[kStages][kHeadDim];
     ChunkHeader header[kStages];
-    uint64_t full[kStages];   // a loader fills operands, decay and header, the consumers wait
+    uint64_t full[kStages];   // a loader fills operands, beta, decay and header, the consumers wait
     uint64_t empty[kStages];  // the consumers empty them, the loaders wait
-    uint64_t rows_full[kRowStages];  // the same of rows and beta, and of zeros among the operands
+    uint64_t rows_full[kRowStages];  // the same of rows, and of zeros among the operands
     uint64_t rows_empty[kRowStages];
   };
 
@@ -194,7 +194,7 @@ __device__ __forceinline__ void wait_until_prepared(const uint8_t* workspace,
   fence_async_global();  // what the writer released, before the copy engine reads it
 }
 
-// One warp: headers, decays and operand tiles, by the copy engine.
+// One warp: headers, decays, operand tiles and beta, by the copy engine.
 template <class Config>
 __device__ __forceinline__ void load_operands(typename Config::Shared& s, const ForwardParams& p,
                                               const ForwardWorkspace& w, const Share& share,
@@ -209,18 +209,21 @@ __device__ __forceinline__ void load_operands(typename Config::Shared& s, const 
         mbarrier_wait(&s.empty[ring.stage], ring.parity);  // the consumers have let go of the stage
         uint64_t* full = &s.full[ring.stage];
         const uint32_t tile_bytes = header.length * static_cast<uint32_t>(kTileRowBytes);
+        const auto of_beta = static_cast<uint32_t>(beta_bytes(header.length));
+        const uint8_t* operands = workspace + w.operands + operand_row * kOperandBytes;
         const bool decays =
             decay_slot >= 0;  // else nobody asks for the state behind the chunk, whatever scales it
         if (lane == 0) {
           s.header[ring.stage] = header;
           mbarrier_arrive_expect(full,
-                                 Config::kTiles * tile_bytes + (decays ? Config::kHeadDim * 4 : 0));
+                                 Config::kTiles * tile_bytes + of_beta +
+                                     (decays ? Config::kHeadDim * 4 : 0));
         }
         __syncwarp();  // the bytes are expected before any of them can arrive
         if (header.length > 0 && lane < kOperandTiles && Config::uses(lane))
-          bulk_load(s.operands[ring.stage][place],
-                    workspace + w.operands + operand_row * kOperandBytes + lane * tile_bytes,
-                    tile_bytes, full);
+          bulk_load(s.operands[ring.stage][place], operands + lane * tile_bytes, tile_bytes, full);
+        if (header.length > 0 && lane == kOperandTiles + 1)
+          bulk_load(s.beta[ring.stage], operands + beta_place(header.length), of_beta, full);
         if (decays && lane == kOperandTiles)
           bulk_load(s.chunk_decay[ring.stage],
                     workspace + w.chunk_decay + decay_slot * Config::kHeadDim * 4,
@@ -229,8 +232,8 @@ __device__ __forceinline__ void load_operands(typename Config::Shared& s, const 
       });
 }
 
-// Three warps: the rows of v or d_o, [B, T, HV, V], beta, and zeros behind the end of a short chunk,
-// in every tile: what multiplies them must be finite. `rows_full` tells of all of them.
+// Three warps: the rows of v or d_o, [B, T, HV, V], and zeros behind the end of a short chunk, in
+// every tile and in beta: what multiplies them must be finite. `rows_full` tells of all of them.
 template <class Config>
 __device__ __forceinline__ void load_rows(typename Config::Shared& s, const ForwardParams& p,
                                           const ForwardWorkspace& w, const void* source,
@@ -243,9 +246,6 @@ __device__ __forceinline__ void load_rows(typename Config::Shared& s, const Forw
   Ring<Config::kRowStages> row_ring(1);
   for_each_chunk<Config>(p, w, share, [&](const ChunkHeader& header, int64_t, int64_t) {
     const int thread = static_cast<int>(thread_index()) - 32;
-    const bool has_beta = thread < header.length;
-    const uint32_t beta =  // on its way while the thread waits
-        has_beta ? load_beta_word(p, (header.token + thread) * p.shape.HV + header.head) : 0;
     mbarrier_wait(&s.rows_empty[row_ring.stage],
                   row_ring.parity);  // the consumers have let go of the rows
     if (header.length > 0) {
@@ -278,10 +278,10 @@ __device__ __forceinline__ void load_rows(typename Config::Shared& s, const Forw
           *reinterpret_cast<uint4*>(
               &s.operands[ring.stage][tile][header.length * kTileRowBytes + 16 * at]) =
               make_uint4(0, 0, 0, 0);
+      if (thread < kChunk && 4 * thread >= beta_bytes(header.length)) s.beta[ring.stage][thread] = 0.0f;
       fence_async_shared();  // these zeros, before the tensor cores read them
     }
-    if (thread < kChunk) s.beta[row_ring.stage][thread] = has_beta ? beta_from_word(p, beta) : 0.0f;
-    mbarrier_arrive(&s.rows_full[row_ring.stage]);  // the zeros and beta
+    mbarrier_arrive(&s.rows_full[row_ring.stage]);  // the zeros
     ring.advance();
     row_ring.advance();
   });
@@ -339,7 +339,7 @@ __device__ __forceinline__ void consume_chunks(typename Config::Shared& s, Warps
     mbarrier_wait(&s.full[ring.stage], ring.parity);  // the operands are there
     const typename Config::Stage stage = {
         s.operands[ring.stage],       s.rows[row_ring.stage],        s.chunk_decay[ring.stage],
-        s.beta[row_ring.stage],       s.header[ring.stage],          &s.empty[ring.stage],
+        s.beta[ring.stage],           s.header[ring.stage],          &s.empty[ring.stage],
         &s.rows_full[row_ring.stage], &s.rows_empty[row_ring.stage], row_ring.parity};
     if (stage.header.length == 0) break;
     if (stage.header.length < kChunk) stage.wait_for_rows();  // the zeros are there

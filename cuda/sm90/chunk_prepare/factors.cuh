@@ -1,6 +1,6 @@
-// Raw inputs of a strip to its decayed operands and to the factors of the scores. Relative to its
-// block's references a token has three exponents: of its row factor, of its column factor, and of
-// what the state takes of it at the chunk's end.
+// Raw inputs of a block to its decayed operands and to the factors of the scores, in the registers
+// that the products take them from. Relative to its block's references a token has three exponents:
+// of its row factor, of its column factor, and of what the state takes of it at the chunk's end.
 #pragma once
 
 #include "chunk/gate.cuh"
@@ -9,85 +9,140 @@
 
 namespace jax_flashkda::chunk_prepare {
 
-using DecayRows = float[Config::kStrip][Config::kChannels];
+// Of a warp's 16 tokens and 64 channels, eight channels at a time. As they come: tokens 2 t, 2 t + 1,
+// 2 t + 8, 2 t + 9 of channel lane / 4, t = lane % 4 (the columns of a product's right operand). Summed:
+// elements of an accumulator, tokens lane / 4 (and 8 behind) of channels 2 t and 2 t + 1.
+using BlockDecays = float[Config::kEighths][4];
 
-template <Gate kGate>
-__device__ __forceinline__ void decay_of_rows(DecayRows& g,
-                                              const GateCoefficients (&c)[Config::kChannels]) {
-#pragma unroll
-  for (int r = 0; r < Config::kStrip; ++r)
-#pragma unroll
-    for (int e = 0; e < Config::kChannels; ++e) g[r][e] = log2_decay<kGate>(g[r][e], c[e]);
-}
-
-// Raw gate to the running sum of the log2 decay from the strip's start. Missing tokens decay
-// nothing.
 template <DType kGateType>
-__device__ __forceinline__ void cumulate_decay(DecayRows& g, const Config::Shared& s,
-                                               const ForwardParams& p, const Item& item,
-                                               const Strip& strip) {
-  const float4 dt_bias = *reinterpret_cast<const float4*>(&s.dt_bias[strip.channel]);
-  const GateCoefficients without_bias =
-      gate_coefficients(p.gate, exp2_fast(s.A_log * kLog2E), 0.0f, p.gate_lower_bound);
-  const float slope = without_bias.slope, amplitude = without_bias.amplitude;
-  const GateCoefficients c[Config::kChannels] = {{slope, slope * dt_bias.x, amplitude},
-                                                 {slope, slope * dt_bias.y, amplitude},
-                                                 {slope, slope * dt_bias.z, amplitude},
-                                                 {slope, slope * dt_bias.w, amplitude}};
+__device__ __forceinline__ void load_gate(BlockDecays& g, const Config::Shared& s,
+                                          const ForwardParams& p, const Item& item,
+                                          const Place& at) {
+  if constexpr (kGateType == DType::kBF16) {
 #pragma unroll
-  for (int r = 0; r < Config::kStrip; ++r) {
-    if constexpr (kGateType == DType::kBF16) {
-      unpack(g[r], staged_row(s.g, strip, r));
-    } else {
-      const int64_t row = item.value_row + (r < strip.rows ? strip.row(r) : 0) * p.shape.HV;
-      const uint4 x = load_early(reinterpret_cast<const uint4*>(p.g) +
-                                 row * (Config::kHeadDim / 4) + strip.lane);
-      g[r][0] = __uint_as_float(x.x);
-      g[r][1] = __uint_as_float(x.y);
-      g[r][2] = __uint_as_float(x.z);
-      g[r][3] = __uint_as_float(x.w);
+    for (int step = 0; step < Config::kSteps; ++step) {
+      uint32_t x[4];
+      load_matrices_transposed(x, at.address(s.g, step));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        g[2 * step + i / 2][2 * (i % 2)] = bf16_low(x[i]);
+        g[2 * step + i / 2][2 * (i % 2) + 1] = bf16_high(x[i]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = min(at.token(i), item.length - 1);  // one that exists in any case
+      const uint32_t* row = static_cast<const uint32_t*>(p.g) +
+                            (item.value_row + token * p.shape.HV) * Config::kHeadDim +
+                            Config::kChannels * at.half + at.row();
+#pragma unroll
+      for (int j = 0; j < Config::kEighths; ++j) g[j][i] = __uint_as_float(load_early(row + 8 * j));
     }
   }
-  if (p.gate == Gate::kSoftplus) {
-    decay_of_rows<Gate::kSoftplus>(g, c);
-  } else if (p.gate == Gate::kBounded) {
-    decay_of_rows<Gate::kBounded>(g, c);
-  } else {
-    decay_of_rows<Gate::kLogDecay>(g, c);
-  }
-  if (strip.rows < Config::kStrip) {
-#pragma unroll
-    for (int r = 0; r < Config::kStrip; ++r)
-#pragma unroll
-      for (int e = 0; e < Config::kChannels; ++e) g[r][e] = r < strip.rows ? g[r][e] : 0.0f;
-  }
-#pragma unroll
-  for (int r = 1; r < Config::kStrip; ++r)
-#pragma unroll
-    for (int e = 0; e < Config::kChannels; ++e) g[r][e] += g[r - 1][e];
 }
 
-// The norms' factors of 16 tokens of q (which: 0) or k (1), a warp: sums of squares are the diagonal
-// of x x^T.
-__device__ __forceinline__ void find_norms(float (*norms)[2], int which, uint32_t tile, int lane) {
-  float first[4] = {}, second[4] = {};  // rows 0 .. 7 and 8 .. 15 of the columns
-  const uint32_t at = tile + matrices_place(lane);
-  auto multiply = [&](const uint32_t (&x)[4]) {
-    mma_bf16(first, x, x[0], x[2]);
-    mma_bf16(second, x, x[1], x[3]);
-  };
+template <Gate kGate>
+__device__ __forceinline__ void decay_of_tokens(BlockDecays& g, const Config::Shared& s, float slope,
+                                                float amplitude, const Place& at) {
+  const float* dt_bias = &s.dt_bias[Config::kChannels * at.half + at.row()];
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    uint32_t x[4];
-    load_matrices(x, at ^ step_bits(step));
-    multiply(x);
-    load_matrices<kHalfRow>(x, at ^ step_bits(step));
-    multiply(x);
+  for (int j = 0; j < Config::kEighths; ++j) {
+    const GateCoefficients c = {slope, slope * dt_bias[8 * j], amplitude};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) g[j][i] = log2_decay<kGate>(g[j][i], c);
   }
-  const int row = lane >> 2;
-  if ((lane & 3) != row >> 1) return;  // the lane holds nothing of the diagonal
-  norms[row][which] = l2norm_factor(row & 1 ? first[1] : first[0]);
-  norms[row + 8][which] = l2norm_factor(row & 1 ? second[3] : second[2]);
+}
+
+// Running sums over a block's tokens by tensor cores: a product with ones on and below the diagonal,
+// for eight tokens each. Its lower rows are all ones, so there stands what the later tokens add to.
+// The two terms of a decay keep all but its last bits.
+__device__ __forceinline__ void sum_over_tokens(BlockDecays& g, const Place& at) {
+  const int row = at.row(), token = 2 * at.quarter();
+  const auto one_if = [](bool condition) { return condition ? 0x3f800000u : 0u; };
+  // Columns of the ones in the order that a lane has its tokens in.
+  const uint32_t ones[4] = {one_if(row >= token), one_if(true), one_if(row > token), one_if(true)};
+#pragma unroll
+  for (int j = 0; j < Config::kEighths; ++j) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_tf32(g[j][i], high[i], low[i]);
+    float first[4], second[4];
+    mma_tf32_first(first, ones, {low[0], low[1]});
+    mma_tf32_first(second, ones, {low[2], low[3]});
+    mma_tf32(first, ones, {high[0], high[1]});
+    mma_tf32(second, ones, {high[2], high[3]});
+    g[j][0] = first[0];
+    g[j][1] = first[1];
+    g[j][2] = first[2] + second[0];
+    g[j][3] = first[3] + second[1];
+  }
+}
+
+// Raw gate to the running sums of the log2 decay from the block's start. Missing tokens decay
+// nothing.
+template <DType kGateType>
+__device__ __forceinline__ void cumulate_decay(BlockDecays& g, const Config::Shared& s,
+                                               const ForwardParams& p, const Item& item,
+                                               const Place& at) {
+  load_gate<kGateType>(g, s, p, item, at);
+  const GateCoefficients c =
+      gate_coefficients(p.gate, exp2_fast(s.A_log * kLog2E), 0.0f, p.gate_lower_bound);
+  if (p.gate == Gate::kSoftplus) {
+    decay_of_tokens<Gate::kSoftplus>(g, s, c.slope, c.amplitude, at);
+  } else if (p.gate == Gate::kBounded) {
+    decay_of_tokens<Gate::kBounded>(g, s, c.slope, c.amplitude, at);
+  } else {
+    decay_of_tokens<Gate::kLogDecay>(g, s, c.slope, c.amplitude, at);
+  }
+  if (item.length < kBlock * (at.block + 1)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool exists = at.token(i) < item.length;
+#pragma unroll
+      for (int j = 0; j < Config::kEighths; ++j) g[j][i] = exists ? g[j][i] : 0.0f;
+    }
+  }
+  sum_over_tokens(g, at);
+}
+
+// The decays of a warp's block to shared memory: its first half's and the whole.
+__device__ __forceinline__ void publish_decay(Config::Shared& s, const BlockDecays& g,
+                                              const Place& at) {
+  if (at.row() != 7) return;  // else the lane has neither token 7 nor token 15
+#pragma unroll
+  for (int j = 0; j < Config::kEighths; ++j)
+    *reinterpret_cast<float4*>(&s.block_decay[at.block][at.channel(j)]) =
+        make_float4(g[j][0], g[j][2], g[j][1], g[j][3]);
+}
+
+// What 16 tokens of q (which: 0) or k (1) are multiplied by, a warp: sums of squares are the diagonal
+// of x x^T. No branch, so that other work goes on beside it.
+__device__ __forceinline__ void find_norms(Config::Shared& s, bool normalise, int block, int which,
+                                           int lane) {
+  float first[2][4] = {}, second[2][4] = {};  // rows 0 .. 7 and 8 .. 15 of the columns
+#pragma unroll
+  for (int half = 0; half < Config::kHalves; ++half) {
+    const Place at = {block, half, lane};
+#pragma unroll
+    for (int step = 0; step < Config::kSteps; ++step) {
+      uint32_t x[4];
+      load_matrices(x, at.address(which ? s.k : s.q, step));
+      // As the left operand's registers lie, those of the right one are no pair.
+      mma_bf16_half(first[0], x[0], x[1], x[0]);
+      mma_bf16_half(second[0], x[0], x[1], x[1]);
+      mma_bf16_half(first[1], x[2], x[3], x[2]);
+      mma_bf16_half(second[1], x[2], x[3], x[3]);
+    }
+  }
+  const int row = lane >> 2, odd = row & 1;
+  const float upper = odd ? first[0][1] + first[1][1] : first[0][0] + first[1][0],
+              lower = odd ? second[0][3] + second[1][3] : second[0][2] + second[1][2];
+  if ((lane & 3) == row >> 1) {  // else the lane holds nothing of the diagonal
+    float(*norms)[2] = s.norms + kBlock * block;
+    norms[row][which] = normalise ? l2norm_factor(upper) : 1.0f;
+    norms[row + 8][which] = normalise ? l2norm_factor(lower) : 1.0f;
+  }
 }
 
 // 2^exponent of a whole number <= 0; zero below the smallest normal number.
@@ -95,126 +150,142 @@ __device__ __forceinline__ uint16_t power_bf16(float exponent) {
   return static_cast<uint16_t>(pack_bf16(exp2_fast(exponent), 0.0f));
 }
 
-// A channel each of 128 threads: from the decays of the strips to everything of References.
-// Returns the chunk's decay.
+// Where the lanes of a product look for a channel's power: channels 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of
+// 16 stand side by side.
+__device__ __forceinline__ int channel_place(int channel) {
+  return (channel & ~15) + 4 * (channel % 8 / 2) + 2 * (channel / 8 % 2) + channel % 2;
+}
+__device__ __forceinline__ uint2 load_powers(const uint16_t (&powers)[Config::kHeadDim], int step,
+                                             const Place& at) {
+  return *reinterpret_cast<const uint2*>(
+      &powers[Config::kChannels * at.half + 16 * step + 4 * at.quarter()]);
+}
+
+// The nearest whole number, of numbers below 2^22.
+__device__ __forceinline__ float nearest_whole(float x) {
+  constexpr float kHalfUlpOne = 12582912.0f;  // 1.5 2^23: whole numbers are what it can hold
+  return __fadd_rn(__fadd_rn(x, kHalfUlpOne), -kHalfUlpOne);
+}
+
+// From the decays of the blocks to everything of References, two threads a channel: one stores
+// offsets and returns the chunk's decay, the other powers.
 //
 // A power between two blocks may underflow only where the decay between the blocks does not
 // matter either: rows before a block's middle and columns behind it grow, and were both far from
 // their references, the scores beside the blocks' common border would be lost. Such a block takes
 // the other references.
-__device__ __forceinline__ float find_references(Config::References& ref, int channel) {
+__device__ __forceinline__ float find_references(Config::Shared& s, int channel, bool powers) {
   constexpr float kSmallest = -126.0f, kNegligible = -24.0f;  // powers of two
-  // Where the lanes of a product look for it: channels c, c + 1, c + 8, c + 9 of a step of 16.
-  const int place = (channel & ~15) + 4 * (channel % 8 / 2) + 2 * (channel / 8 % 2) + channel % 2;
-  float row[Config::kBlocks], column[Config::kBlocks], end[Config::kBlocks], start = 0.0f;
+  Config::References& ref = s.references;
+  float row[Config::kBlocks], column[Config::kBlocks], begin[Config::kBlocks], end[Config::kBlocks],
+      start = 0.0f;
 #pragma unroll
   for (int b = 0; b < Config::kBlocks; ++b) {
-    float decay[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) decay[i] = ref.strip_offset[4 * b + i][channel];
-    const float first_half = decay[0] + decay[1], second_half = decay[2] + decay[3];
-    const float middle = start + first_half;
-    end[b] = middle + second_half;
-    bool near = first_half >= -kLog2DecayHalfSpan && second_half >= -kLog2DecayHalfSpan;
-    row[b] = rintf(middle);
+    const float first_half = s.block_decay[b][channel].x, whole = s.block_decay[b][channel].y;
+    begin[b] = start;
+    end[b] = start + whole;
+    bool near = first_half >= -kLog2DecayHalfSpan && whole - first_half >= -kLog2DecayHalfSpan;
+    row[b] = nearest_whole(start + first_half);
 #pragma unroll
     for (int earlier = 0; earlier < b; ++earlier)
       near &= !(row[b] - column[earlier] < kSmallest && start - end[earlier] > kNegligible);
     column[b] = row[b];
     if (!near) {
-      row[b] = rintf(start);
-      column[b] = rintf(end[b]);
-      ref.too_far[b] = true;
-    }
-    ref.column_offset[b][channel] = static_cast<int16_t>(column[b] - row[b]);
-    ref.before[b][channel] = power_bf16(row[b]);
-#pragma unroll
-    for (int earlier = 0; earlier < b; ++earlier)
-      ref.between[Config::pair(b, earlier)][place] = power_bf16(row[b] - column[earlier]);
-    float offset = start - row[b];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ref.strip_offset[4 * b + i][channel] = offset;
-      offset += decay[i];
+      row[b] = nearest_whole(start);
+      column[b] = nearest_whole(end[b]);
+      ref.too_far[b][channel / Config::kChannels] = true;
     }
     start = end[b];
   }
+  if (powers) {
+    const int place = channel_place(channel);
 #pragma unroll
-  for (int b = 0; b < Config::kBlocks; ++b) ref.end_offset[b][channel] = start - row[b];
+    for (int b = 0; b < Config::kBlocks; ++b) {
+      ref.before[b][place] = power_bf16(row[b]);
+#pragma unroll
+      for (int earlier = 0; earlier < b; ++earlier)
+        ref.between[Config::pair(b, earlier)][place] = power_bf16(row[b] - column[earlier]);
+    }
+  } else {
+#pragma unroll
+    for (int b = 0; b < Config::kBlocks; ++b) {
+      ref.row_offset[b][channel] = begin[b] - row[b];
+      ref.column_offset[b][channel] = column[b] - row[b];
+      ref.half_rest[b][channel] = exp2_fast(0.5f * (start - column[b]));
+    }
+  }
   return start;
 }
 
-__device__ __forceinline__ uint2 pack4(const float (&x)[4], const float (&y)[4]) {
-  return make_uint2(pack_bf16(x[0] * y[0], x[1] * y[1]), pack_bf16(x[2] * y[2], x[3] * y[3]));
-}
 // Exact but for underflow, y being powers of two.
-__device__ __forceinline__ uint2 multiply4(uint2 x, uint2 y) {
-  return make_uint2(multiply_bf16(x.x, y.x), multiply_bf16(x.y, y.y));
+__device__ __forceinline__ void scale(uint32_t (&scaled)[4], const uint32_t (&x)[4],
+                                      const uint2& powers) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) scaled[i] = multiply_bf16(x[i], i < 2 ? powers.x : powers.y);
 }
 
-// Into a factor tile. Written out, because the compiler would not know which memory it is.
-template <int kOffset>
-__device__ __forceinline__ void put_shared(uint32_t at, uint2 value) {
-  asm volatile("st.shared.v2.b32 [%0 + %3], {%1, %2};" ::"r"(at), "r"(value.x), "r"(value.y),
-               "n"(kOffset)
-               : "memory");
-}
-// Row r of an operand tile, from the lane's place in row 0: pieces move by an exclusive or.
-__device__ __forceinline__ void put_global(uint8_t* tile, int r, uint2 value) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(
-                   (reinterpret_cast<uintptr_t>(tile) ^ (r << 4)) + r * kTileRowBytes),
-               "r"(value.x), "r"(value.y)
-               : "memory");
-}
+// Factors of 16 channels as operands of products: token lane / 4 of channels 2 t and 2 t + 1. As a left
+// operand (rows), then 8 tokens further, then both 8 channels further; as a right one (columns), 8
+// channels further, then both 8 tokens further.
+using StepFactor = uint32_t[4];
 
-// Each token of the strip once: its decayed operands to memory, its score factors to shared memory.
-__device__ __forceinline__ void write_factors(Config::Shared& s, uint8_t* operands, int length,
-                                              const DecayRows& g, const Strip& strip) {
+// What a warp keeps for the products with earlier blocks: x exp(G - row reference).
+struct RowFactors {
+  StepFactor q[Config::kSteps], k[Config::kSteps];
+};
+struct ColumnFactors {
+  StepFactor k;         // k exp(column reference - G)
+  StepFactor restored;  // k exp(G_C - G)
+};
+
+__device__ __forceinline__ void find_factors(StepFactor& row_q, StepFactor& row_k,
+                                             ColumnFactors& column_factors,
+                                             const Config::Shared& s, const BlockDecays& G,
+                                             const float2 (&norms)[2], int step, const Place& at) {
   const Config::References& ref = s.references;
-  const int block = strip.block(), row = strip.row(0);
-  auto load4 = [](float (&to)[4], const float* from) {
-    const float4 x = *reinterpret_cast<const float4*>(from);
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-  };
-  float row_offset[4], end_offset[4];
-  load4(row_offset, &ref.strip_offset[strip.warp][strip.channel]);
-  load4(end_offset, &ref.end_offset[block][strip.channel]);
-  const short4 column = *reinterpret_cast<const short4*>(&ref.column_offset[block][strip.channel]);
-  const float column_offset[4] = {static_cast<float>(column.x), static_cast<float>(column.y),
-                                  static_cast<float>(column.z), static_cast<float>(column.w)};
-  const uint2 before = *reinterpret_cast<const uint2*>(&ref.before[block][strip.channel]);
-  const uint32_t factors = shared_address(s.factors[block]);
-  const int64_t tile_bytes = length * kTileRowBytes;
-  uint8_t* k_decayed = operands + (kTileKDecayed + (strip.lane >> 4)) * tile_bytes +
-                       swizzle128(row, (strip.lane & 15) >> 1) + 8 * (strip.lane & 1);
-  uint8_t* q_decayed = k_decayed + (kTileQDecayed - kTileKDecayed) * tile_bytes;
-  uint8_t* k_restored = k_decayed + (kTileKRestored - kTileKDecayed) * tile_bytes;
+  uint32_t q[4], k[4];
+  load_matrices(q, at.address(s.q, step));
+  load_matrices(k, at.address(s.k, step));
 #pragma unroll
-  for (int r = 0; r < Config::kStrip; ++r) {
-    float q[4], k[4], row_decay[4], column_decay[4], end_decay[4];
-    unpack(q, staged_row(s.q, strip, r));
-    unpack(k, staged_row(s.k, strip, r));
-    const float2 norm = *reinterpret_cast<const float2*>(s.norms[row + r]);
+  for (int n = 0; n < 2; ++n) {
+    const int j = 2 * step + n, channel = at.channel(j);
+    auto load2 = [&](const float (&from)[Config::kBlocks][Config::kHeadDim]) {
+      return *reinterpret_cast<const float2*>(&from[at.block][channel]);
+    };
+    const float2 row = load2(ref.row_offset), column = load2(ref.column_offset),
+                 half_rest = load2(ref.half_rest);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float exponent = row_offset[e] + g[r][e];
-      row_decay[e] = exp2_fast(exponent);
-      column_decay[e] = exp2_fast(column_offset[e] - exponent);
-      end_decay[e] = exp2_fast(end_offset[e] - exponent);
-      q[e] *= norm.x;
-      k[e] *= norm.y;
-    }
-    const uint2 row_q = pack4(q, row_decay), row_k = pack4(k, row_decay);
-    const uint32_t at = factors + strip.tile_place(r);
-    put_shared<Config::kRowQ * kTileBytes>(at, row_q);
-    put_shared<Config::kRowK * kTileBytes>(at, row_k);
-    put_shared<Config::kColumnK * kTileBytes>(at, pack4(k, column_decay));
-    if (r < strip.rows) {
-      put_global(k_decayed, r, multiply4(row_k, before));
-      put_global(q_decayed, r, multiply4(row_q, before));
-      put_global(k_restored, r, pack4(k, end_decay));
+    for (int h = 0; h < 2; ++h) {
+      const int i = 2 * n + h;
+      const float x = row.x + G[j][2 * h], y = row.y + G[j][2 * h + 1];
+      const float row_x = exp2_fast(x), row_y = exp2_fast(y);
+      const float q_x = bf16_low(q[i]) * norms[h].x, q_y = bf16_high(q[i]) * norms[h].x,
+                  k_x = bf16_low(k[i]) * norms[h].y, k_y = bf16_high(k[i]) * norms[h].y;
+      row_q[i] = pack_bf16(q_x * row_x, q_y * row_y);
+      row_k[i] = pack_bf16(k_x * row_x, k_y * row_y);
+      const float column_x = k_x * exp2_fast(column.x - x), column_y = k_y * exp2_fast(column.y - y);
+      column_factors.k[2 * h + n] = pack_bf16(column_x, column_y);
+      // In two steps: neither underflows where the whole does not matter.
+      column_factors.restored[i] = pack_bf16(column_x * half_rest.x * half_rest.x,
+                                             column_y * half_rest.y * half_rest.y);
     }
   }
+}
+
+// The column factors to their place, and what the state stage reads to where the inputs were: the
+// same lanes have read those.
+__device__ __forceinline__ void store_factors(Config::Shared& s, const StepFactor& row_q,
+                                              const StepFactor& row_k,
+                                              const ColumnFactors& columns, int step,
+                                              const Place& at) {
+  const uint2 before = load_powers(s.references.before[at.block], step, at);
+  StepFactor q_decayed, k_decayed;
+  scale(q_decayed, row_q, before);
+  scale(k_decayed, row_k, before);
+  store_matrices(at.column_address(s.columns, at.block, step), columns.k);
+  store_matrices(at.address(s.q, step), q_decayed);
+  store_matrices(at.address(s.k, step), k_decayed);
+  store_matrices(at.address(s.g, step), columns.restored);
 }
 
 }  // namespace jax_flashkda::chunk_prepare

@@ -1,171 +1,201 @@
 // Factors to scores to the chunk's matrices:
 //   A_qk[i, j] = <q_i exp(G_i - G_j), k_j>           i >= j
 //   A_kk[i, j] = beta_i <k_i exp(G_i - G_j), k_j>    i > j
+//
+// A warp computes its block's rows, over its half of the channels. Of the two warps of a block one
+// then adds up A_qk and the other A_kk.
 #pragma once
 
 #include "sm90/chunk_prepare/factors.cuh"
 
 namespace jax_flashkda::chunk_prepare {
 
-__device__ __forceinline__ uint32_t factor_tile(const Config::Shared& s, int block,
-                                                Config::Factor factor) {
-  return shared_address(s.factors[block][factor]);
+using BlockScores = float[2][4];  // eights of columns, elements of an accumulator
+
+__device__ __forceinline__ constexpr int block_pair(int row, int column) {
+  return row * (row + 1) / 2 + column;
 }
 
-// The blocks of scores a warp computes. Of the first eight warps each has a block of the diagonal
-// and half of one beside it; the others have one of those in the lower left quarter.
-struct Scores {
-  float block[2][4];  // warp < 8: block (warp / 2, warp / 2); of q for even warps. Else block
-                      // (2 + warp / 2 % 2, warp % 2); of q for warps 8 .. 11
-  float half[1][4];   // warp < 8: half warp % 2 of block (1, 0) for warps 0 .. 3, of (3, 2) for
-                      // 4 .. 7; of q where warp / 2 is even
-};
-struct BlockPlace {
-  bool of_q;
-  int row, column;  // in blocks
-};
-__device__ __forceinline__ BlockPlace block_place(int warp) {
-  if (warp < 8) return {(warp & 1) == 0, warp >> 1, warp >> 1};
-  return {warp < 12, 2 + ((warp >> 1) & 1), warp & 1};
-}
-__device__ __forceinline__ BlockPlace half_place(int warp) {
-  return {((warp >> 1) & 1) == 0, 2 * (warp >> 2) + 1, 2 * (warp >> 2)};
+// acc (+)= x times the columns y, transposed, over 16 channels.
+__device__ __forceinline__ void multiply(BlockScores& acc, const StepFactor& x,
+                                         const StepFactor& y, bool first = false) {
+  if (first) {
+    mma_bf16_first(acc[0], x, y[0], y[1]);
+    mma_bf16_first(acc[1], x, y[2], y[3]);
+  } else {
+    mma_bf16(acc[0], x, y[0], y[1]);
+    mma_bf16(acc[1], x, y[2], y[3]);
+  }
 }
 
-__device__ __forceinline__ Scores multiply_factors(const Config::Shared& s, const Strip& strip) {
-  Scores scores = {};
-  const int w = strip.warp;
-  const BlockPlace place = block_place(w);
-  auto tile = [&](int block, Config::Factor factor) { return factor_tile(s, block, factor); };
-  auto powers = [&](const BlockPlace& at) {
-    return reinterpret_cast<const uint2*>(s.references.between[Config::pair(at.row, at.column)]);
+// Of the warp's block with itself, where no single point of reference can carry the decay: each pair
+// of tokens gets its own exponent, <= 0 where it is kept. Rare, and slow. The inputs are still there.
+__device__ __forceinline__ void add_pairwise(BlockScores& of_q, BlockScores& of_k,
+                                             Config::Shared& s, const BlockDecays& G,
+                                             const Place& at) {
+  float* sums = s.pairwise[thread_index() / 32];
+  const auto place = [](int row, int channel) {
+    return row * Config::kChannels + (channel ^ (4 * (row & 7)));
   };
-  const uint32_t rows = tile(place.row, place.of_q ? Config::kRowQ : Config::kRowK),
-                 columns = tile(place.column, Config::kColumnK);
-  if (w < 8) {
-    if (!s.references.too_far[place.row]) 
-      score_block<false>(scores.block, rows, columns, nullptr, strip.lane);
-    const BlockPlace half = half_place(w);
-    score_scaled_half_block(scores.half[0], tile(half.row, half.of_q ? Config::kRowQ : Config::kRowK),
-                            tile(half.column, Config::kColumnK), w & 1, powers(half), strip.lane);
-  } else {
-    score_block<true>(scores.block, rows, columns, powers(place), strip.lane);
-  }
-  return scores;
-}
-
-// The blocks of the diagonal whose decay no single point of reference can carry, pair by pair. Rare,
-// and slow; all threads of the CTA.
-template <DType kGateType>
-__device__ __forceinline__ void pairwise_diagonal(float (&acc)[2][4], Config::Shared& s,
-                                               const ForwardParams& p, const Item& item) {
-  const Strip strip(item.length);
-  DecayRows g;
-  cumulate_decay<kGateType>(g, s, p, item, strip);
-  const float4 offset =
-      *reinterpret_cast<const float4*>(&s.references.strip_offset[strip.warp][strip.channel]);
+  const int row = at.row(), column = 2 * at.quarter();
+#pragma unroll
+  for (int j = 0; j < Config::kEighths; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      sums[place(row + 8 * (i / 2), 8 * j + column + i % 2)] = G[j][i];
+  __syncwarp();  // the warp's sums, before they are read
+  const auto input = [&](const Config::Halves& x, int token, int channel, int which) {
+    const uint8_t* from = x[at.half] + swizzle128(kBlock * at.block + token, channel / 8);
+    return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(from)[channel % 8]) *
+           s.norms[kBlock * at.block + token][which];
+  };
 #pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    __syncthreads();  // all have read what is there, before it is overwritten
-    if (s.references.too_far[strip.block()]) {
-      PairwiseScratch& scratch = *reinterpret_cast<PairwiseScratch*>(s.factors[strip.block()]);
+  for (int channel = 0; channel < Config::kChannels; ++channel) {
 #pragma unroll
-      for (int r = 0; r < Config::kStrip; ++r) {
-        float q[4], k[4];
-        unpack(q, staged_row(s.q, strip, r));
-        unpack(k, staged_row(s.k, strip, r));
-        const float a = s.norms[strip.row(r)][0], b = s.norms[strip.row(r)][1];
-        if ((strip.lane >> 4) != half) continue;
-        const int to = pairwise_at(strip.row(r) % kBlock, 4 * (strip.lane & 15));
-        *reinterpret_cast<float4*>(scratch.q + to) =
-            make_float4(a * q[0], a * q[1], a * q[2], a * q[3]);
-        *reinterpret_cast<float4*>(scratch.k + to) =
-            make_float4(b * k[0], b * k[1], b * k[2], b * k[3]);
-        *reinterpret_cast<float4*>(scratch.log2_decay_cumsum + to) = make_float4(
-            offset.x + g[r][0], offset.y + g[r][1], offset.z + g[r][2], offset.w + g[r][3]);
-      }
-    }
-    __syncthreads();  // the blocks' rows are there, before they are read
-    const BlockPlace place = block_place(strip.warp);
-    if (strip.warp < 8 && s.references.too_far[place.row]) {
-      const PairwiseScratch& scratch =
-          *reinterpret_cast<const PairwiseScratch*>(s.factors[place.row]);
-      add_pairwise_scores(acc, scratch, place.of_q ? scratch.q : scratch.k, strip.lane);
+    for (int e = 0; e < 8; ++e) {
+      const int i = row + 8 * ((e >> 1) & 1), j = column + 8 * (e >> 2) + (e & 1);
+      if (i < j) continue;
+      const float decayed_k = input(s.k, j, channel, 1) *
+                              exp2_fast(sums[place(i, channel)] - sums[place(j, channel)]);
+      float &q = of_q[e >> 2][e & 3], &k = of_k[e >> 2][e & 3];
+      q = fmaf(input(s.q, i, channel, 0), decayed_k, q);
+      k = fmaf(input(s.k, i, channel, 1), decayed_k, k);
     }
   }
 }
 
-// Columns of a block to the matrix it belongs to: zero above the diagonal (select: factors may be
-// infinite there). kFirst .. kFirst + kCount - 1: which eighths of them acc has.
-template <bool kDiagonal, int kCount>
-__device__ __forceinline__ void store_columns(Config::Shared& s, const BlockPlace& place,
-                                              int first_eighth, const float (&acc)[kCount][4],
-                                              int lane) {
-  const int row = lane >> 2, column = 2 * (lane & 3) + 8 * first_eighth;  // in the block
-  const int i = kBlock * place.row + row, j = kBlock * place.column + column;
-  if (place.of_q) {
-    const uint32_t at = shared_address(s.matrices.A_qk) + swizzle128(i, j >> 3) + 4 * (lane & 3);
+// Of a block, what a warp keeps: half 0 the scores of q, half 1 those of k. The others it hands over.
+struct KeptScores {
+  BlockScores sums;
+
+  __device__ __forceinline__ void keep(Config::Shared& s, const BlockScores& of_q,
+                                       const BlockScores& of_k, int column, const Place& at) {
+    if (at.half == 0) {
+      keep(s.matrices.partial[block_pair(at.block, column)][1], of_q, of_k, at);
+    } else {
+      keep(s.matrices.partial[block_pair(at.block, column)][0], of_k, of_q, at);
+    }
+  }
+  __device__ __forceinline__ void keep(float4 (&handed)[2][32], const BlockScores& kept,
+                                       const BlockScores& other, const Place& at) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n)
+    for (int n = 0; n < 2; ++n) {
+      handed[n][at.lane] = make_float4(other[n][0], other[n][1], other[n][2], other[n][3]);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int above = row + 8 * h - column - 8 * n;  // the diagonal, if negative
-        const float x = !kDiagonal || above >= 0 ? acc[n][2 * h] : 0.0f,
-                    y = !kDiagonal || above >= 1 ? acc[n][2 * h + 1] : 0.0f;
-        const uint32_t to = (at ^ (n << 4)) + 8 * h * kTileRowBytes;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack_bf16(x, y)) : "memory");
-      }
-  } else {
-    float* at = s.matrices.A_kk + matrix_at(i, j);
-    const float beta[2] = {s.beta[i], s.beta[i + 8]};
+      for (int i = 0; i < 4; ++i) sums[n][i] = kept[n][i];
+    }
+  }
+
+  // Adds what the other half's warp has handed over.
+  __device__ __forceinline__ void complete(const Config::Shared& s, int column, const Place& at) {
+    const float4(&handed)[2][32] = s.matrices.partial[block_pair(at.block, column)][at.half];
 #pragma unroll
-    for (int n = 0; n < kCount; ++n)
+    for (int n = 0; n < 2; ++n) {
+      const float4 x = handed[n][at.lane];
+      sums[n][0] += x.x, sums[n][1] += x.y, sums[n][2] += x.z, sums[n][3] += x.w;
+    }
+  }
+};
+
+struct RowScores {
+  KeptScores earlier[Config::kBlocks - 1];  // by block of columns
+  KeptScores diagonal;
+};
+
+// The blocks left of the diagonal: the earlier blocks' column factors, moved to this block's
+// reference.
+__device__ __forceinline__ void multiply_earlier_blocks(RowScores& scores, Config::Shared& s,
+                                                        const RowFactors& rows, const Place& at) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int above = row + 8 * h - column - 8 * n;
-        const float x = !kDiagonal || above >= 1 ? beta[h] * acc[n][2 * h] : 0.0f,
-                    y = !kDiagonal || above >= 2 ? beta[h] * acc[n][2 * h + 1] : 0.0f;
-        *reinterpret_cast<float2*>(at + matrix_at(8 * h, 8 * n)) = make_float2(x, y);
-      }
+  for (int column = 0; column < Config::kBlocks - 1; ++column) {
+    if (column >= at.block) continue;
+    BlockScores of_q, of_k;
+#pragma unroll
+    for (int step = 0; step < Config::kSteps; ++step) {
+      const uint2 powers =
+          load_powers(s.references.between[Config::pair(at.block, column)], step, at);
+      StepFactor k;
+      load_matrices(k, at.column_address(s.columns, column, step));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) k[i] = multiply_bf16(k[i], i % 2 == 0 ? powers.x : powers.y);
+      multiply(of_q, rows.q[step], k, step == 0);
+      multiply(of_k, rows.k[step], k, step == 0);
+    }
+    scores.earlier[column].keep(s, of_q, of_k, column, at);
   }
 }
 
-__device__ __forceinline__ void store_scores(Config::Shared& s, const Scores& scores,
-                                             const Strip& strip) {
-  const BlockPlace place = block_place(strip.warp);
-  if (strip.warp >= 8) return store_columns<false>(s, place, 0, scores.block, strip.lane);
-  store_columns<true>(s, place, 0, scores.block, strip.lane);
-  store_columns<false>(s, half_place(strip.warp), strip.warp & 1, scores.half, strip.lane);
+// A_qk, as the state stage reads it, to its image: zero above the diagonal (select: factors may be
+// infinite there).
+__device__ __forceinline__ void store_A_qk(Config::Shared& s, RowScores& scores, const Place& at) {
+  auto store = [&](int column, const auto& element) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packed[i] = pack_bf16(element(i / 2, 2 * (i % 2)), element(i / 2, 2 * (i % 2) + 1));
+    store_matrices(at.address(s.images.A_qk, at.block, column), packed);
+  };
+#pragma unroll
+  for (int column = 0; column < Config::kBlocks; ++column) {
+    if (column > at.block) {
+      store(column, [](int, int) { return 0.0f; });
+    } else if (column < at.block) {
+      KeptScores& kept = scores.earlier[column < Config::kBlocks - 1 ? column : 0];
+      kept.complete(s, column, at);
+      store(column, [&](int n, int i) { return kept.sums[n][i]; });
+    }
+  }
+  scores.diagonal.complete(s, at.block, at);
+  store(at.block, [&](int n, int i) {
+    return at.below_diagonal(n, i) >= 0 ? scores.diagonal.sums[n][i] : 0.0f;
+  });
 }
 
-// What the merges read above the diagonal blocks, where nothing is computed: (0, 1) and (2, 3).
-__device__ __forceinline__ void clear_upper_blocks(Config::Matrices& m, const Strip& strip) {
-  const int which = strip.warp - 8;  // warps without half a block to store
-  if (which < 0 || which >= 2) return;
+// A_kk on and below the blocks of the diagonal, in fp32.
+__device__ __forceinline__ void store_A_kk(Config::Shared& s, RowScores& scores, const Place& at) {
+  const int first_row = kBlock * at.block + at.row();
+  const float beta[2] = {s.beta[first_row], s.beta[first_row + 8]};
+  auto store = [&](int column, const auto& element) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        *reinterpret_cast<float2*>(
+            s.matrices.A_kk +
+            matrix_at(first_row + 8 * h, kBlock * column + 8 * n + 2 * at.quarter())) =
+            make_float2(beta[h] * element(n, 2 * h), beta[h] * element(n, 2 * h + 1));
+  };
+#pragma unroll
+  for (int column = 0; column < Config::kBlocks - 1; ++column) {
+    if (column >= at.block) continue;
+    KeptScores& kept = scores.earlier[column];
+    kept.complete(s, column, at);
+    store(column, [&](int n, int i) { return kept.sums[n][i]; });
+  }
+  scores.diagonal.complete(s, at.block, at);
+  store(at.block, [&](int n, int i) {
+    return at.below_diagonal(n, i) >= 1 ? scores.diagonal.sums[n][i] : 0.0f;
+  });
+}
+
+// What the merges read above the diagonal blocks, where nothing is computed: (0, 1) and (2, 3). A
+// warp each.
+__device__ __forceinline__ void clear_upper_block(Config::Matrices& m, int which, int lane) {
   float4* X = reinterpret_cast<float4*>(
-      m.A_kk_inv + matrix_at(32 * which + (strip.lane >> 1), 32 * which + 16 + 8 * (strip.lane & 1)));
+      m.A_kk_inv + matrix_at(32 * which + (lane >> 1), 32 * which + 16 + 8 * (lane & 1)));
   X[0] = X[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// A_qk and (I + A_kk)^-1 to memory, the tokens that exist, but for the inverse's lower
-// left quarter. Zero above the diagonal blocks. Eight warps: thread 0 .. 255.
-__device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t* operands,
-                                               int length, int thread) {
-  uint8_t* A_kk_inv = operands + kTileAkkInv * length * kTileRowBytes;
-  uint8_t* A_qk = operands + kTileAqk * length * kTileRowBytes;
+// (I + A_kk)^-1 to its image but for the lower left quarter. Zero above the diagonal blocks.
+__device__ __forceinline__ void store_inverse(Config::Shared& s, int thread) {
   const int piece = thread & 7;
   const bool swap = piece & 4;  // half of the lanes read the second four columns first: other banks
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = (thread >> 3) + 32 * half;
-    if (row >= length) continue;
-    const bool above = piece >> 1 > row / kBlock;
-    const int to = swizzle128(row, piece);
-    uint4 scores = make_uint4(0, 0, 0, 0), inverse = scores;
-    if (!above) scores = *reinterpret_cast<const uint4*>(s.matrices.A_qk + to);
-    *reinterpret_cast<uint4*>(A_qk + to) = scores;
     if (half == 1 && piece < 4) continue;  // the lower left quarter
-    if (!above) {
+    uint4 inverse = make_uint4(0, 0, 0, 0);
+    if (piece >> 1 <= row / kBlock) {
       const float4* X =
           reinterpret_cast<const float4*>(s.matrices.A_kk_inv + matrix_at(row, 8 * piece));
       const float4 xa = X[swap], xb = X[!swap];
@@ -173,20 +203,19 @@ __device__ __forceinline__ void write_matrices(const Config::Shared& s, uint8_t*
                   b = make_uint2(pack_bf16(xb.x, xb.y), pack_bf16(xb.z, xb.w));
       inverse = swap ? make_uint4(b.x, b.y, a.x, a.y) : make_uint4(a.x, a.y, b.x, b.y);
     }
-    *reinterpret_cast<uint4*>(A_kk_inv + to) = inverse;
+    *reinterpret_cast<uint4*>(s.images.A_kk_inv + swizzle128(row, piece)) = inverse;
   }
 }
 
-// A tile of merge_to_64 to memory.
-__device__ __forceinline__ void write_tile(const Config::Shared& s, const float (&tile)[4],
-                                           uint8_t* operands, int length, int warp, int lane) {
-  uint8_t* A_kk_inv = operands + kTileAkkInv * length * kTileRowBytes;
-  const int row = 32 + 16 * (warp >> 2) + (lane >> 2), piece = warp & 3, column = 2 * (lane & 3);
+// A tile of merge_to_64 to the image.
+__device__ __forceinline__ void store_inverse_tile(Config::Shared& s, const float (&tile)[4],
+                                                   int warp, int lane) {
+  const int row = 32 + 16 * (warp >> 2) + (lane >> 2), piece = warp & 3;
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    if (row + 8 * h < length)
-      *reinterpret_cast<uint32_t*>(A_kk_inv + swizzle128(row + 8 * h, piece) + 2 * column) =
-          pack_bf16(-tile[2 * h], -tile[2 * h + 1]);
+    *reinterpret_cast<uint32_t*>(s.images.A_kk_inv + swizzle128(row + 8 * h, piece) +
+                                 4 * (lane & 3)) =
+        pack_bf16(-tile[2 * h], -tile[2 * h + 1]);
 }
 
 }  // namespace jax_flashkda::chunk_prepare

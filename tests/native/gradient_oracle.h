@@ -91,6 +91,20 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       G[i * K + n] = (i > 0 ? G[(i - 1) * K + n] : 0.0) + std::max(decay[i * K + n], -110.0);
     }
   }
+  // The only token of a chunk gets d_beta of the recurrence itself, not of dR and U.
+  auto single_d_beta = [&] {
+    double qk = 0.0, sum = 0.0;
+    for (int64_t n = 0; n < K; ++n) qk += q[n] * k[n];
+    for (int64_t v = 0; v < V; ++v) {
+      double residual = c.v[v_at(0) + v], du = c.scale * qk * x.d_o[v_at(0) + v];
+      for (int64_t n = 0; n < K; ++n) {
+        residual -= k[n] * std::exp(G[n]) * S[v * K + n];
+        du += k[n] * dS[v * K + n];
+      }
+      sum += residual * du;
+    }
+    return sum;
+  };
   auto dA = matrix(L, L), dL = matrix(L, L);
   for (int64_t i = 0; i < L; ++i)
     for (int64_t j = 0; j <= i; ++j)
@@ -162,6 +176,7 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       k_dot += k[i * K + n] * dk[i * K + n];
       d_beta += double(x.d_r[v_at(i) + n]) * x.u[v_at(i) + n];
     }
+    if (L == 1) d_beta = single_d_beta();
     if (!c.qk_l2norm) q_dot = k_dot = 0.0;
     for (int64_t n = 0; n < K; ++n) {
       out.dq[qk_at(i) + n] += fq[i] * (dq[i * K + n] - q[i * K + n] * q_dot);
@@ -175,7 +190,7 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       slope = top * s * (1.0 - s);
     }
     if (std::fabs(beta) < 0x1p-60) beta = std::copysign(0x1p-60, beta);
-    out.d_beta[at] = d_beta / (beta * beta) * slope;
+    out.d_beta[at] = (L > 1 ? d_beta / (beta * beta) : d_beta) * slope;
   }
 }
 

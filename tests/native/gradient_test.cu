@@ -72,7 +72,8 @@ struct Results {
 struct Launch {
   explicit Launch(const Case& c) : g_bf16(c.g_bf16), beta_bf16(c.beta_bf16) {
     const Call& x = c.x.call;
-    q = upload_as(x.q, true), k = upload_as(x.k, true), g = upload_as(x.g, g_bf16);
+    q = upload_as(x.q, true), k = upload_as(x.k, true), v = upload_as(x.v, true);
+    g = upload_as(x.g, g_bf16);
     beta = upload_as(x.beta, beta_bf16), A_log = upload_as(x.A_log, false);
     dt_bias = upload_as(x.dt_bias, false), initial_state = upload_as(x.initial_state, false);
     d_final_state = upload_as(c.x.d_final_state, false), d_o = upload_as(c.x.d_o, true);
@@ -89,7 +90,7 @@ struct Launch {
     p.qkv_dtype = DType::kBF16;
     p.g_dtype = g_bf16 ? DType::kBF16 : DType::kF32;
     p.beta_dtype = beta_bf16 ? DType::kBF16 : DType::kF32;
-    p.q = q.data(), p.k = k.data(), p.g = g.data(), p.beta = beta.data();
+    p.q = q.data(), p.k = k.data(), p.v = v.data(), p.g = g.data(), p.beta = beta.data();
     p.A_log = static_cast<float*>(A_log.data());
     p.dt_bias = static_cast<float*>(dt_bias.data());
     p.initial_state = static_cast<float*>(initial_state.data());
@@ -150,7 +151,7 @@ struct Launch {
   }
 
   bool g_bf16, beta_bf16;
-  DeviceBuffer q, k, g, beta, A_log, dt_bias, initial_state, d_final_state, segment_ids, d_o, u, dv,
+  DeviceBuffer q, k, v, g, beta, A_log, dt_bias, initial_state, d_final_state, segment_ids, d_o, u, dv,
       dq, dk, dg, d_beta, dA_log, d_dt_bias, workspace;
   std::vector<float> d_r;
   std::vector<uint16_t> states, state_gradients;
@@ -178,7 +179,7 @@ Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t seed =
   const int64_t tokens = x.B * x.T, slots = (x.T + 63) / 64;
   fill(x.q, tokens * x.H * Call::K, gaussian);
   fill(x.k, tokens * x.H * Call::K, gaussian);
-  for (auto* rows : {&c.x.d_o, &c.x.d_r, &c.x.u}) fill(*rows, tokens * x.HV * Call::V, gaussian);
+  for (auto* rows : {&x.v, &c.x.d_o, &c.x.d_r, &c.x.u}) fill(*rows, tokens * x.HV * Call::V, gaussian);
   for (auto* images : {&c.x.states, &c.x.state_gradients})
     fill(*images, x.B * x.HV * slots * Call::K * Call::V, [&] { return 0.3f * gaussian(); });
   if (regime.keys != Regime::kRandom)
@@ -380,13 +381,13 @@ void set_nan(std::vector<float>& x, int64_t from, int64_t to) {
 
 // NaN in one segment and in padding changes no bit of the other segments' gradients.
 bool check_isolation() {
-  const Case clean = packed_case("", 1, 2, 4, {{1, 70}, {2, 100}, {0, 20}, {3, 66}});
+  const Case clean = packed_case("", 1, 2, 4, {{1, 70}, {2, 100}, {0, 20}, {3, 65}});
   Case c = clean;
   Call& x = c.x.call;
   const int64_t heads = x.HV * 128, slots = (x.T + 63) / 64;
   const std::pair<int64_t, int64_t> ranges[] = {{70, 170}, {170, 190}};
   for (const auto& [low, high] : ranges) {
-    for (auto* rows : {&x.q, &x.k, &x.g, &c.x.d_o, &c.x.d_r, &c.x.u})
+    for (auto* rows : {&x.q, &x.k, &x.v, &x.g, &c.x.d_o, &c.x.d_r, &c.x.u})
       set_nan(*rows, low * heads, high * heads);
     set_nan(x.beta, low * x.HV, high * x.HV);
   }
@@ -417,6 +418,38 @@ bool check_isolation() {
   std::printf("%-40s %s%s\n", "NaN in neighbours", same ? "no bit changed" : "BITS CHANGED",
               cleared ? "" : ", PADDING NOT CLEARED");
   return good && same && cleared;
+}
+
+// d_beta of chunks of one token, behind others and alone, with slots and without, is fp32.
+bool check_single_tokens(oracle::Gate gate, bool g_bf16) {
+  // Two rows of 260 tokens.
+  const std::vector<std::pair<int32_t, int64_t>> runs = {
+      {1, 65}, {2, 1},   {3, 1}, {0, 3}, {4, 129}, {5, 1},  {6, 1},
+      {7, 63}, {8, 193}, {9, 1}, {8, 1}, {9, 1},   {3, 58}, {1, 2}};
+  Case c = packed_case("", 2, 3, 5, runs);
+  Call& x = c.x.call;
+  x.gate = gate, c.g_bf16 = g_bf16, c.beta_bf16 = false;
+  if (gate == oracle::Gate::kLogDecay) {
+    x.A_log.clear(), x.dt_bias.clear();
+    for (float& value : x.g) value = round_bf16(-std::fabs(value));
+    x.beta_is_logits = x.qk_l2norm = false;
+  }
+  bool good = true;
+  const Results got = Launch(c).run(0xFF, good);
+  const oracle::Gradients truth = oracle::gradients(c.x);
+  double error = 0.0, size = 0.0;
+  int64_t count = 0;
+  for (const oracle::ChunkRange& chunk : oracle::chunks_of(x))
+    for (int64_t h = 0; h < x.HV && chunk.length == 1 && chunk.segment >= 0; ++h, ++count) {
+      const int64_t at = (chunk.row * x.T + chunk.start) * x.HV + h;
+      const double difference = value_at(got.d_beta, false, at) - truth.d_beta[at];
+      error += difference * difference, size += truth.d_beta[at] * truth.d_beta[at];
+    }
+  const double relative = std::sqrt(error / size);
+  const bool fine = count > 0 && relative <= 2e-5;  // false for NaN
+  std::printf("%-40s d_beta %.1e of %ld%s\n", "chunks of one token", relative, long(count),
+              fine ? "" : "  INACCURATE");
+  return good && fine;
 }
 
 // Twice the cotangents, twice the gradients, bit by bit.
@@ -538,6 +571,8 @@ int main(int argc, char** argv) {
   }
   int failures = 0;
   for (const Case& c : cases(mode == "--quick")) failures += !check(c);
+  for (auto gate : {oracle::Gate::kSoftplus, oracle::Gate::kBounded, oracle::Gate::kLogDecay})
+    for (bool g_bf16 : {true, false}) failures += !check_single_tokens(gate, g_bf16);
   failures += !check_isolation();
   failures += !check_doubling(Regime::kSlow);
   failures += !check_doubling(Regime::kMixed);

@@ -71,7 +71,7 @@ def kimi_delta_attention(
       dropped.
     - `return_final_state`: also return the state after the last token of each segment.
     - `return_chunk_states`: also return the state after every 64 tokens of each segment (for prefix
-      caches); on XLA alone.
+      caches). Its gradient runs on XLA.
     - `residual_name`: names what the backward needs, and the output, for `jax.checkpoint` policies:
       `save_only_these_names(residual_name)` then recomputes nothing of the op.
     - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the

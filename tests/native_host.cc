@@ -29,7 +29,7 @@ float real(std::istream& line) { return std::strtof(number<std::string>(line).c_
 template <typename T>
 T* address(std::istream& line) { return reinterpret_cast<T*>(number<uintptr_t>(line)); }
 
-// Of a forward call the gradients are ignored, of a backward call o and final_state.
+// Of a forward call the gradients are ignored, of a backward call the forward's results.
 BackwardParams parse(std::istream& line) {
   BackwardParams backward{};
   ForwardParams& p = backward.forward;
@@ -51,6 +51,7 @@ BackwardParams parse(std::istream& line) {
   p.segment_ids = address<int32_t>(line);
   p.o = address<void>(line);
   p.final_state = address<float>(line);
+  p.chunk_states = address<float>(line);
   p.workspace = address<void>(line);
   backward.d_o = address<void>(line);
   backward.d_final_state = address<float>(line);

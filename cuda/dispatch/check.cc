@@ -139,6 +139,7 @@ void check_input_pointers(const ForwardParams& p, Problems& problems) {
 void check_output_pointers(const ForwardParams& p, Problems& problems) {
   check_pointer("o", p.o, has_tokens(p.shape), 16, problems);
   check_pointer("final_state", p.final_state, false, 16, problems);
+  check_pointer("chunk_states", p.chunk_states, false, 16, problems);
 }
 
 // The cotangents, and a gradient for each float operand of the call and no other.

@@ -7,7 +7,8 @@
 // No exception leaves a handler: the caller is on the far side of a C ABI.
 //
 // forward:  operands  q k v g beta [A_log] [dt_bias] [initial_state] [segment_ids]
-//           results   o [final_state] workspace            ([..]: told present by an attribute)
+//           results   o [final_state] [chunk_states] workspace
+//                                                          ([..]: told present by an attribute)
 // backward: operands  those of the forward, d_o [d_final_state]
 //           results   dq dk dv dg d_beta [dA_log] [d_dt_bias] [d_initial_state] workspace
 // step:     operands  q k v g beta [A_log] [dt_bias] state [state_indices]
@@ -24,6 +25,7 @@
 #include <utility>
 
 #include "dispatch/dispatch.h"
+#include "problem/workspace.h"
 #include "xla/ffi/api/ffi.h"
 
 struct CUstream_st;
@@ -261,6 +263,13 @@ void read_state(const Operand& state, const ForwardShape& s, Pointer& pointer) {
   pointer = state.data<float>();
 }
 
+void read_chunk_states(const Operand& states, ForwardParams& params) {
+  const ForwardShape& s = params.shape;
+  states.expect_dtype(ffi::F32);
+  states.expect_shape("[B, T / 64, HV, K, V]", {s.B, s.T / kChunk, s.HV, s.K, s.V});
+  params.chunk_states = states.data<float>();
+}
+
 // o or its cotangent.
 template <typename Pointer>
 void read_output(const Operand& o, const char* name, const ForwardParams& params,
@@ -338,6 +347,8 @@ ForwardParams read_forward(Call call) {
   read_output(call.results.next("o"), "o", params, params.o);
   if (call.attributes.get<bool>("return_final_state"))
     read_state(call.results.next("final_state"), params.shape, params.final_state);
+  if (call.attributes.get<bool>("return_chunk_states"))
+    read_chunk_states(call.results.next("chunk_states"), params);
   const Operand workspace = read_workspace(call, params);
   call.expect_end();
   check_call(check_forward(params), workspace, forward_workspace_bytes(params.shape));

@@ -20,7 +20,7 @@ struct Case {
   std::string name;
   Call call;
   bool g_bf16 = true, beta_bf16 = true;
-  bool want_final = true;
+  bool want_final = true, want_chunk_states = false;
   double limit = 0.007;           // relative RMS over the whole tensor
   double gradient_limit = 0.008;  // the same of a gradient
   double gate_limit = 0.015;      // the same of the gradients of g, beta, A_log and dt_bias
@@ -151,6 +151,51 @@ inline Case packed_case(std::string name, int64_t B, int64_t HV, int64_t N,
   packed.call.segment_ids = std::move(ids);
   if (states) add_initial_state(packed);
   return packed;
+}
+
+// Tokens start .. start + length - 1 of rows [T, ..] of `row` floats, and NaN in all others.
+inline void cut_tokens(std::vector<float>& x, int64_t row, int64_t start, int64_t length) {
+  x = std::vector<float>(x.begin() + start * row, x.begin() + (start + length) * row);
+}
+inline void spoil_other_tokens(std::vector<float>& x, int64_t row, int64_t start, int64_t length) {
+  std::fill_n(x.begin(), start * row, NAN);
+  std::fill(x.begin() + (start + length) * row, x.end(), NAN);
+}
+
+// What a call has of every token, with the floats of one.
+inline std::vector<std::pair<std::vector<float>*, int64_t>> token_rows(Call& x) {
+  return {{&x.q, x.H * Call::K},
+          {&x.k, x.H * Call::K},
+          {&x.v, x.HV * Call::V},
+          {&x.g, x.HV * Call::K},
+          {&x.beta, x.HV}};
+}
+
+// A segment of the one row of a call, or its first tokens, alone. `slot`: its state's.
+inline Case cut_out(const Case& packed, int64_t start, int64_t length, int64_t slot) {
+  Case alone = packed;
+  Call& x = alone.call;
+  for (auto [rows, row] : token_rows(x)) cut_tokens(*rows, row, start, length);
+  x.T = length;
+  if (!x.initial_state.empty()) {
+    if (slot < x.N)
+      cut_tokens(x.initial_state, x.HV * Call::K * Call::V, slot, 1);
+    else
+      x.initial_state.clear();
+  }
+  x.N = 1;
+  x.has_segment_ids = x.has_padding_segment_id = false;
+  x.segment_ids.clear();
+  return alone;
+}
+
+// The call with NaN in all that does not belong to the segment.
+inline Case spoil_around(const Case& packed, int64_t start, int64_t length, int64_t slot) {
+  Case spoiled = packed;
+  Call& x = spoiled.call;
+  for (auto [rows, row] : token_rows(x)) spoil_other_tokens(*rows, row, start, length);
+  spoil_other_tokens(x.initial_state, x.HV * Call::K * Call::V, slot, 1);
+  return spoiled;
 }
 
 inline std::vector<Case> cases(bool quick) {

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cases.h"
+#include "problem/workspace.h"
 
 namespace {
 
@@ -17,15 +18,22 @@ using namespace jax_flashkda;
 
 bool poisoned = true;
 
+int64_t chunk_state_bytes(const Case& c) {
+  const Call& x = c.call;
+  return c.want_chunk_states ? x.B * (x.T / kChunk) * x.HV * kStateFloats * 4 : 0;
+}
+
 // A call on the device, and its results.
 struct Launch : Inputs {
   explicit Launch(const Case& c)
       : Inputs(c),
         o(c.call.v.size() * 2),
         final_state(c.want_final ? c.call.B * c.call.N * c.call.HV * Call::K * Call::V * 4 : 0),
+        chunk_states(chunk_state_bytes(c)),
         workspace(forward_workspace_bytes(params.shape)) {
     params.o = o.data();
     params.final_state = static_cast<float*>(final_state.data());
+    params.chunk_states = static_cast<float*>(chunk_states.data());
     params.workspace = workspace.data();
   }
 
@@ -33,6 +41,7 @@ struct Launch : Inputs {
     if (poisoned) {
       o.fill(byte);
       final_state.fill(byte);
+      chunk_states.fill(byte);
       workspace.fill(byte);
     }
     workspace.set_canary();
@@ -53,8 +62,9 @@ struct Launch : Inputs {
 
   std::vector<uint16_t> output_bits() const { return o.download<uint16_t>(); }
   std::vector<uint32_t> state_bits() const { return final_state.download<uint32_t>(); }
+  std::vector<uint32_t> chunk_state_bits() const { return chunk_states.download<uint32_t>(); }
 
-  DeviceBuffer o, final_state;
+  DeviceBuffer o, final_state, chunk_states;
   Workspace workspace;
 };
 
@@ -92,36 +102,13 @@ bool check_packing(int64_t HV) {
   const std::vector<int64_t> lengths = {70, 1, 200, 64, 129};
   std::vector<std::pair<int32_t, int64_t>> runs;
   for (size_t i = 0; i < lengths.size(); ++i) runs.push_back({int32_t(i + 1), lengths[i]});
-  Case packed = packed_case("packed", 1, HV, int64_t(lengths.size()), ids_from_lengths(runs));
+  const Case packed = packed_case("packed", 1, HV, int64_t(lengths.size()), ids_from_lengths(runs));
   bool good = true;
   int64_t start = 0;
   for (size_t n = 0; n < lengths.size(); start += lengths[n++]) {
-    Case alone = packed;
     const int64_t state = HV * Call::K * Call::V;
-    auto cut = [&](std::vector<float>& x, int64_t row) {
-      x = std::vector<float>(x.begin() + start * row, x.begin() + (start + lengths[n]) * row);
-    };
-    cut(alone.call.q, HV * 128), cut(alone.call.k, HV * 128), cut(alone.call.v, HV * 128),
-        cut(alone.call.g, HV * 128), cut(alone.call.beta, HV);
-    alone.call.T = lengths[n];
-    alone.call.N = 1;
-    alone.call.has_segment_ids = alone.call.has_padding_segment_id = false;
-    alone.call.segment_ids.clear();
-    auto& initial = alone.call.initial_state;
-    initial = std::vector<float>(initial.begin() + n * state, initial.begin() + (n + 1) * state);
-    Case poisoned = packed;
-    for (int64_t t = 0; t < packed.call.T; ++t) {
-      if (t >= start && t < start + lengths[n]) continue;
-      for (auto [x, row] : {std::pair{&poisoned.call.q, HV * 128},
-                            {&poisoned.call.k, HV * 128},
-                            {&poisoned.call.v, HV * 128},
-                            {&poisoned.call.g, HV * 128},
-                            {&poisoned.call.beta, HV}})
-        std::fill_n(x->begin() + t * row, row, NAN);
-    }
-    for (size_t m = 0; m < lengths.size(); ++m)
-      if (m != n) std::fill_n(poisoned.call.initial_state.begin() + m * state, state, NAN);
-    Launch a(packed), b(alone), c(poisoned);
+    Launch a(packed), b(cut_out(packed, start, lengths[n], n)),
+        c(spoil_around(packed, start, lengths[n], n));
     good &= a.run(0xFF) && b.run(0xFF) && c.run(0xFF);
     const auto ao = a.output_bits(), bo = b.output_bits(), co = c.output_bits();
     const auto as = a.state_bits(), bs = b.state_bits(), cs = c.state_bits();
@@ -137,6 +124,63 @@ bool check_packing(int64_t HV) {
   std::printf("%-44s %s\n",
               ("packed equals alone, NaN neighbours, H " + std::to_string(HV)).c_str(),
               good ? "equal bits" : "FAILED");
+  return good;
+}
+
+// The states after every 64 tokens of a segment against the final states of calls that end there,
+// zeros between them: equal bits; and they change no bit of the other results.
+bool check_chunk_states(int64_t HV) {
+  const std::vector<std::pair<int32_t, int64_t>> layout = {{1, 150}, {2, 64}, {0, 20}, {3, 63},
+                                                           {4, 193}, {0, 3},  {5, 70}};
+  const Case plain = packed_case("", 1, HV, 4, ids_from_lengths(layout));  // the fifth has no slot
+  Case c = plain;
+  c.want_chunk_states = true;
+  const size_t state = HV * Call::K * Call::V;
+  std::vector<uint32_t> expected(c.call.T / kChunk * state, 0);
+  bool good = true;
+  int64_t start = 0, slot = 0;
+  for (const auto& [id, length] : layout) {
+    for (int64_t end = kChunk; id > 0 && end <= length; end += kChunk) {
+      Launch alone(cut_out(plain, start, end, slot));
+      good &= alone.run(0xFF);
+      const auto bits = alone.state_bits();
+      std::copy(bits.begin(), bits.end(), expected.begin() + ((start + end) / kChunk - 1) * state);
+    }
+    start += length, slot += id > 0;
+  }
+  Launch without(plain), with(c);
+  good &= without.run(0xFF);
+  for (int byte : {0xFF, 0x3C})
+    good &= with.run(byte) && with.chunk_state_bits() == expected &&
+            with.output_bits() == without.output_bits() &&
+            with.state_bits() == without.state_bits();
+  std::printf("%-44s %s\n", ("states inside rows, H " + std::to_string(HV)).c_str(),
+              good ? "equal bits" : "FAILED");
+  return good;
+}
+
+// A row that would be cut into pieces goes on from a state inside it: equal bits where both calls
+// ask for such states.
+bool check_continued() {
+  Case c = make_case("", raw_shape(oracle::Gate::kSoftplus, 1, 4133, 1, 2));
+  add_initial_state(c);
+  c.want_chunk_states = true;
+  Launch whole(c);
+  bool good = state_pieces(whole.params.shape).count > 1 && whole.run(0xFF);
+  const auto states = whole.chunk_states.download<float>();
+  const int64_t state = 2 * Call::K * Call::V;
+  for (int64_t cut : {64, 2048}) {
+    Case rest = cut_out(c, cut, c.call.T - cut, 0);
+    const auto from = states.begin() + (cut / kChunk - 1) * state;
+    rest.call.initial_state = std::vector<float>(from, from + state);
+    Launch tail(rest);
+    good &= tail.run(0xFF) && tail.state_bits() == whole.state_bits();
+    const auto a = tail.output_bits(), b = whole.output_bits();
+    good &= std::equal(a.begin(), a.end(), b.end() - a.size());
+    const auto x = tail.chunk_state_bits(), y = whole.chunk_state_bits();
+    good &= std::equal(x.begin(), x.end(), y.end() - x.size());
+  }
+  std::printf("%-44s %s\n", "continued from a state inside", good ? "equal bits" : "FAILED");
   return good;
 }
 
@@ -352,6 +396,9 @@ int main(int argc, char** argv) {
     for (const Case& c : cases(quick)) tally(check(c));
     tally(check_packing(2));
     if (!quick) tally(check_packing(70));
+    tally(check_chunk_states(2));
+    if (!quick) tally(check_chunk_states(70));
+    tally(check_continued());
     for (StageOrder order : {StageOrder::kByShape, StageOrder::kOverlapped})
       tally(check_streams(quick ? 3 : 1000, order));
     tally(check_graph(quick ? 3 : 100));

@@ -10,7 +10,8 @@
 // and its loader waits for each chunk; CTAs that find no place yet start as others end. Roles: see
 // state_scan.cuh; S, R and U become register operands where they are.
 //
-// Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state.
+// Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state, and
+// with kChunkStates chunk_states.
 #pragma once
 
 #include "sm90/chunk_state_output/config.h"
@@ -93,6 +94,13 @@ struct StateWarps {
     pack_operand(output, o);
     store_rows(output, stage.rows[at.tile], p.o, p.shape, header, at);
     stage.release_rows(at.lane);
+    if constexpr (Config::kChunkStates) {
+      const int64_t row = header.token / p.shape.T, start = header.token % p.shape.T;
+      if (header.length == kChunk)
+        store_state(state, p.chunk_states,
+                    (row * (p.shape.T / kChunk) + start / kChunk) * p.shape.HV + header.head,
+                    header, at);
+    }
     if (header.last && header.piece == w.pieces.count - 1)
       store_state(state, p.final_state, header.state, header, at);
   }

@@ -9,86 +9,53 @@
 #include <random>
 #include <string>
 
-#include "cases.h"
-#include "problem/workspace.h"
+#include "launch.h"
 
 namespace {
 
 using namespace jax_flashkda;
 
-bool poisoned = true;
-
-int64_t chunk_state_bytes(const Case& c) {
-  const Call& x = c.call;
-  return c.want_chunk_states ? x.B * (x.T / kChunk) * x.HV * kStateFloats * 4 : 0;
-}
-
 // A call on the device, and its results.
-struct Launch : Inputs {
-  explicit Launch(const Case& c)
-      : Inputs(c),
-        o(c.call.v.size() * 2),
-        final_state(c.want_final ? c.call.B * c.call.N * c.call.HV * Call::K * Call::V * 4 : 0),
-        chunk_states(chunk_state_bytes(c)),
-        workspace(forward_workspace_bytes(params.shape)) {
-    params.o = o.data();
-    params.final_state = static_cast<float*>(final_state.data());
-    params.chunk_states = static_cast<float*>(chunk_states.data());
+struct Launch : Inputs, Runs<Launch> {
+  explicit Launch(const Case& c) : Inputs(c), workspace(forward_workspace_bytes(params.shape)) {
+    const Call& x = c.call;
+    outputs.emplace_back("o", x.v.size(), true);
+    outputs.emplace_back("state", c.want_final ? x.B * x.N * x.HV * kStateFloats : 0, false);
+    outputs.emplace_back("chunk states",
+                         c.want_chunk_states ? x.B * (x.T / kChunk) * x.HV * kStateFloats : 0,
+                         false);
+    params.o = outputs[0].buffer.data();
+    params.final_state = static_cast<float*>(outputs[1].buffer.data());
+    params.chunk_states = static_cast<float*>(outputs[2].buffer.data());
     params.workspace = workspace.data();
   }
 
-  void poison(int byte) {
-    if (poisoned) {
-      o.fill(byte);
-      final_state.fill(byte);
-      chunk_states.fill(byte);
-      workspace.fill(byte);
-    }
-    workspace.set_canary();
-  }
+  bool enqueue(cudaStream_t stream) { return accepted(forward(params, stream)); }
 
-  bool enqueue(cudaStream_t stream) {
-    const Status status = forward(params, stream);
-    if (!status.ok()) std::printf("  %s\n", status.message.c_str());
-    return status.ok();
-  }
+  std::vector<uint16_t> output_bits() const { return outputs[0].buffer.download<uint16_t>(); }
+  std::vector<uint32_t> state_bits() const { return outputs[1].buffer.download<uint32_t>(); }
+  std::vector<uint32_t> chunk_state_bits() const { return outputs[2].buffer.download<uint32_t>(); }
 
-  bool run(int byte) {
-    poison(byte);
-    const bool launched = enqueue(nullptr);
-    CHECK_CUDA(cudaDeviceSynchronize());
-    return workspace.intact() && launched;
-  }
-
-  std::vector<uint16_t> output_bits() const { return o.download<uint16_t>(); }
-  std::vector<uint32_t> state_bits() const { return final_state.download<uint32_t>(); }
-  std::vector<uint32_t> chunk_state_bits() const { return chunk_states.download<uint32_t>(); }
-
-  DeviceBuffer o, final_state, chunk_states;
+  std::vector<Output> outputs;
   Workspace workspace;
 };
 
 bool check(const Case& c) {
   Launch launch(c);
   bool good = launch.run(0xFF);  // NaN in every type
-  const auto o = launch.output_bits();
-  const auto state = launch.state_bits();
+  const auto first = launch.bits();
   const oracle::Result truth = oracle::forward(c.call);
-  const double o_error = relative_rms(truth.o, [&](size_t i) { return double(bf16_value(o[i])); });
-  const double state_error =
-      c.want_final
-          ? relative_rms(truth.final_state, [&](size_t i) { return double(f32_value(state[i])); })
-          : 0.0;
+  auto error_of = [&](int output, const std::vector<double>& expected) {
+    const std::vector<float> got = launch.outputs[output].values();
+    return got.empty() ? 0.0 : relative_rms(expected, [&](size_t i) { return double(got[i]); });
+  };
+  const double o_error = error_of(0, truth.o), state_error = error_of(1, truth.final_state);
   const bool accurate = o_error <= c.limit && state_error <= c.limit;  // false for NaN
-  bool repeats = true;
-  for (int i = 0; i < 3; ++i) {
-    good &= launch.run(i == 0 ? 0x3C : 0xFF);
-    repeats &= launch.output_bits() == o && launch.state_bits() == state;
-  }
+  bool repeats = launch.repeats(good);
   for (StageOrder order : {StageOrder::kSerial, StageOrder::kOverlapped}) {
     launch.params.stage_order = order;
     good &= launch.run(0xFF);
-    repeats &= launch.output_bits() == o && launch.state_bits() == state;
+    repeats &= launch.bits() == first;
   }
   std::printf("%-44s o %.2e  state %.2e  (limit %.3f)%s%s\n", c.name.c_str(), o_error, state_error,
               c.limit, accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
@@ -167,7 +134,7 @@ bool check_continued() {
   c.want_chunk_states = true;
   Launch whole(c);
   bool good = state_pieces(whole.params.shape).count > 1 && whole.run(0xFF);
-  const auto states = whole.chunk_states.download<float>();
+  const std::vector<float> states = whole.outputs[2].values();
   const int64_t state = 2 * Call::K * Call::V;
   for (int64_t cut : {64, 2048}) {
     Case rest = cut_out(c, cut, c.call.T - cut, 0);
@@ -187,27 +154,13 @@ bool check_continued() {
 // Calls on four streams at once: the stages of a call overlap, in fewer places than they would have
 // alone.
 bool check_streams(int rounds, StageOrder order) {
-  Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
-  constexpr int kStreams = 4;
+  const Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
   std::vector<Launch> launches;
-  std::vector<cudaStream_t> streams(kStreams);
-  for (auto& stream : streams) {
-    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  for (int i = 0; i < 4; ++i) {
     launches.emplace_back(c);
     launches.back().params.stage_order = order;
-    launches.back().poison(0xFF);
   }
-  CHECK_CUDA(cudaDeviceSynchronize());
-  Launch reference(c);
-  bool good = reference.run(0xFF);
-  const auto o = reference.output_bits();
-  for (int round = 0; round < rounds; ++round) {
-    for (int i = 0; i < kStreams; ++i) good &= launches[i].enqueue(streams[i]);
-    if (round % 100 != 99 && round != rounds - 1) continue;
-    CHECK_CUDA(cudaDeviceSynchronize());
-    for (auto& launch : launches) good &= launch.output_bits() == o;
-  }
-  for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
+  const bool good = equal_on_streams(std::move(launches), Launch(c), rounds, 100);
   std::printf("%-44s %s\n",
               ("four streams, " + std::to_string(rounds) + " rounds" +
                (order == StageOrder::kOverlapped ? ", overlapped" : ""))
@@ -350,23 +303,19 @@ bool check_many_pairs() {
 bool check_refusals() {
   Case c = make_case("refusals", shape(1, 10, 1, 1));
   Launch launch(c);
-  auto refused = [&](auto change, const char* word) {
+  auto refused_after = [&](auto change, const char* word) {
     ForwardParams params = launch.params;
     change(params);
-    const Status status = forward(params, nullptr);
-    const bool told = !status.ok() && status.message.find(word) != std::string::npos;
-    if (!told)
-      std::printf("  expected a refusal that names %s, got '%s'\n", word, status.message.c_str());
-    return told;
+    return refused(forward(params, nullptr), word);
   };
   bool good = true;
-  good &= refused([](ForwardParams& p) { p.shape.HV = 3, p.shape.H = 2; }, "HV");
-  good &= refused([](ForwardParams& p) { p.shape.K = 64; }, "K = 64");
-  good &= refused([](ForwardParams& p) { p.q = static_cast<const char*>(p.q) + 2; },
-                  "q is not aligned");
-  good &= refused([](ForwardParams& p) { p.gate = Gate::kBounded, p.gate_lower_bound = -6; },
-                  "gate_lower_bound");
-  good &= refused([](ForwardParams& p) { p.gate = Gate::kSoftplus; }, "A_log");
+  good &= refused_after([](ForwardParams& p) { p.shape.HV = 3, p.shape.H = 2; }, "HV");
+  good &= refused_after([](ForwardParams& p) { p.shape.K = 64; }, "K = 64");
+  good &= refused_after([](ForwardParams& p) { p.q = static_cast<const char*>(p.q) + 2; },
+                        "q is not aligned");
+  good &= refused_after([](ForwardParams& p) { p.gate = Gate::kBounded, p.gate_lower_bound = -6; },
+                        "gate_lower_bound");
+  good &= refused_after([](ForwardParams& p) { p.gate = Gate::kSoftplus; }, "A_log");
   good &= launch.run(0xFF);  // the next valid call works
   std::printf("%-44s %s\n", "refusals", good ? "told" : "FAILED");
   return good;
@@ -387,8 +336,7 @@ int main(int argc, char** argv) {
     std::printf("%s\n", status.message.c_str());
     return 1;
   }
-  int failures = 0, count = 0;
-  auto tally = [&](bool good) { ++count, failures += good ? 0 : 1; };
+  Tally tally;
   if (large) {
     tally(check_large_offsets());
     tally(check_many_pairs());
@@ -404,6 +352,5 @@ int main(int argc, char** argv) {
     tally(check_graph(quick ? 3 : 100));
     tally(check_refusals());
   }
-  std::printf("%d of %d passed\n", count - failures, count);
-  return failures == 0 ? 0 : 1;
+  return tally.exit_status();
 }

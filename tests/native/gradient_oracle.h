@@ -6,9 +6,9 @@
 
 namespace oracle {
 
-struct GradientCall {
-  Call call;                       // v and initial_state too; o's cotangent and the rest below
-  std::vector<float> d_o, d_r, u;  // [B, T, HV, V]
+// What the stage reads beside the call.
+struct ScanResults {
+  std::vector<float> d_o, d_r, u;              // [B, T, HV, V]
   std::vector<float> states, state_gradients;  // [B, HV, boundary slots, V, K]
   std::vector<float> d_final_state;            // [B, N, HV, K, V] or empty: zero
 };
@@ -50,10 +50,9 @@ inline std::vector<ChunkRange> chunks_of(const Call& c) {
   return chunks;
 }
 
-inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64_t h,
+inline void chunk_gradient(const Call& c, const ScanResults& x, const ChunkRange& chunk, int64_t h,
                            Gradients& out) {
   constexpr int64_t K = Call::K, V = Call::V;
-  const Call& c = x.call;
   const int64_t L = chunk.length, slots = (c.T + 63) / 64, row_head = chunk.row * c.HV + h;
   auto matrix = [](int64_t rows, int64_t columns) {
     return std::vector<double>(rows * columns, 0.0);
@@ -194,8 +193,7 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
   }
 }
 
-inline Gradients gradients(const GradientCall& x) {
-  const Call& c = x.call;
+inline Gradients gradients(const Call& c, const ScanResults& x) {
   Gradients out;
   out.dq.assign(c.B * c.T * c.H * Call::K, 0.0);
   out.dk = out.dq;
@@ -214,7 +212,7 @@ inline Gradients gradients(const GradientCall& x) {
       for (int64_t h = worker; h < c.H; h += workers)
         for (int64_t head = h * group; head < (h + 1) * group; ++head)
           for (const ChunkRange& chunk : chunks)
-            if (chunk.segment >= 0) chunk_gradient(x, chunk, head, out);
+            if (chunk.segment >= 0) chunk_gradient(c, x, chunk, head, out);
     });
   for (auto& thread : threads) thread.join();
   return out;

@@ -7,7 +7,16 @@ import numpy as np
 
 from . import _primitives, _support, _vjp
 from ._problem import Problem
-from ._validation import FLOATS, Errors, check_are_arrays, check_options, is_int, strong
+from ._validation import (
+    Errors,
+    check_are_arrays,
+    check_dtypes,
+    check_options,
+    check_shapes,
+    check_sizes,
+    is_int,
+    strong,
+)
 
 
 def kimi_delta_attention(
@@ -71,7 +80,7 @@ def kimi_delta_attention(
       dropped.
     - `return_final_state`: also return the state after the last token of each segment.
     - `return_chunk_states`: also return the state after every 64 tokens of each segment (for prefix
-      caches); on XLA alone.
+      caches). Its gradient runs on XLA.
     - `residual_name`: names what the backward needs, and the output, for `jax.checkpoint` policies:
       `save_only_these_names(residual_name)` then recomputes nothing of the op.
     - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the
@@ -165,14 +174,8 @@ def _resolve(
     g,
     beta,
     *,
-    gate="log_decay",
     A_log=None,
     dt_bias=None,
-    gate_lower_bound=-5.0,
-    beta_is_logits=False,
-    allow_neg_eigval=False,
-    qk_l2norm=False,
-    scale=None,
     initial_state=None,
     segment_ids=None,
     padding_segment_id=0,
@@ -180,7 +183,7 @@ def _resolve(
     return_final_state=False,
     return_chunk_states=False,
     residual_name=None,
-    implementation=None,
+    **options,
 ) -> tuple[Problem, dict[str, Any]]:
     """The call's Problem and its present array arguments by name, after checking all of it."""
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta)
@@ -190,19 +193,7 @@ def _resolve(
     arrays.update({name: x for name, x in optional.items() if x is not None})
     check_are_arrays("kimi_delta_attention", arrays)
     errors = Errors("kimi_delta_attention")
-    scale = check_options(
-        errors,
-        k,
-        gate=gate,
-        gate_lower_bound=gate_lower_bound,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        beta_is_logits=beta_is_logits,
-        allow_neg_eigval=allow_neg_eigval,
-        qk_l2norm=qk_l2norm,
-        scale=scale,
-        implementation=implementation,
-    )
+    common = check_options(errors, k, A_log=A_log, dt_bias=dt_bias, **options)
     errors.check_flag("return_final_state", return_final_state)
     errors.check_flag("return_chunk_states", return_chunk_states)
     errors.check_type(
@@ -221,42 +212,21 @@ def _resolve(
     N = _check_shapes(errors, arrays, max_segments, return_final_state)
     errors.raise_if_any()
     problem = Problem(
-        gate=gate,
-        gate_lower_bound=float(gate_lower_bound) if gate == "bounded" else -5.0,
-        beta_is_logits=bool(beta_is_logits),
-        allow_neg_eigval=bool(allow_neg_eigval),
-        qk_l2norm=bool(qk_l2norm),
-        scale=scale,
+        **common,
         padding_segment_id=None if padding_segment_id is None else int(padding_segment_id),
         max_segments=N,
         return_final_state=bool(return_final_state),
         return_chunk_states=bool(return_chunk_states),
         residual_name=residual_name,
-        implementation=implementation,
-        **{f"has_{name}": name in arrays for name in optional},
+        has_initial_state=initial_state is not None,
+        has_segment_ids=segment_ids is not None,
     )
     return problem, arrays
 
 
 def _check_dtypes(errors, arrays):
-    names = {name: np.dtype(x.dtype).name for name, x in arrays.items()}
-    for name in ("q", "k", "v", "g", "beta"):
-        errors.check_type(
-            names[name] in FLOATS,
-            f"{name}: got dtype {names[name]}; one of {', '.join(FLOATS)} is accepted",
-        )
-    errors.check_type(
-        names["q"] == names["k"] == names["v"],
-        f"q, k, v: got dtypes {names['q']}, {names['k']}, {names['v']}; one for all is accepted",
-    )
-    state = "float64" if names["v"] == "float64" else "float32"
-    accepted = dict(A_log="float32", dt_bias="float32", initial_state=state, segment_ids="int32")
-    for name in accepted.keys() & names.keys():
-        errors.check_type(
-            names[name] == accepted[name],
-            f"{name}: got dtype {names[name]}; {accepted[name]} is accepted"
-            + (f" (v is {names['v']})" if name == "initial_state" else ""),
-        )
+    state = "float64" if np.dtype(arrays["v"].dtype) == np.float64 else "float32"
+    check_dtypes(errors, arrays, initial_state=(state,), segment_ids=("int32",))
 
 
 def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
@@ -276,25 +246,10 @@ def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
         "return_final_state: got True with segment_ids, but neither max_segments nor initial_state "
         "says how many segment states a row carries; pass max_segments",
     )
-    known = all(
-        errors.check(
-            arrays[name].ndim == 4,
-            f"{name}: got shape {arrays[name].shape}; [B, T, {heads}] is accepted",
-        )
-        for name, heads in (("k", "H, K"), ("v", "HV, V"))
-    )
-    if not known:
+    sizes = check_sizes(errors, arrays, "B")
+    if sizes is None:
         return 1
-    B, T, H, K = arrays["k"].shape
-    HV, V = arrays["v"].shape[2:]
-    errors.check(
-        min(H, K, HV, V) >= 1,
-        f"k, v: got H={H}, K={K}, HV={HV}, V={V}; each at least 1 is accepted",
-    )
-    errors.check(
-        H >= 1 and HV % H == 0,
-        f"v: got {HV} value heads for {H} query/key heads; a multiple of {H} is accepted",
-    )
+    B, T, H, K, HV, V = sizes
     state = arrays.get("initial_state")
     N = max_segments if given else 1
     if packed and state is not None and state.ndim == 5:
@@ -308,22 +263,10 @@ def _check_shapes(errors, arrays, max_segments, return_final_state) -> int:
         )
         N = state.shape[1]
     shapes = dict(
-        q=(("B, T, H, K"), (B, T, H, K)),
-        v=(("B, T, HV, V"), (B, T, HV, V)),
-        g=(("B, T, HV, K"), (B, T, HV, K)),
-        beta=(("B, T, HV"), (B, T, HV)),
-        A_log=("HV", (HV,)),
-        dt_bias=("HV, K", (HV, K)),
-        initial_state=("B, N, HV, K, V", (B, N, HV, K, V))
+        initial_state=("B, N, HV, K, V", (B, N, HV, K, V), " with segment_ids")
         if packed
         else ("B, HV, K, V", (B, HV, K, V)),
         segment_ids=("B, T", (B, T)),
     )
-    for name in shapes.keys() & arrays.keys():
-        letters, accepted = shapes[name]
-        errors.check(
-            arrays[name].shape == accepted,
-            f"{name}: got shape {tuple(arrays[name].shape)}; {accepted} = [{letters}] is accepted"
-            + (" with segment_ids" if name == "initial_state" and packed else ""),
-        )
+    check_shapes(errors, arrays, "B", sizes, shapes)
     return N

@@ -382,8 +382,9 @@ def _lower_default(stage, ctx, *operands, problem):
 
 def _lower_cuda(stage, ctx, *operands, problem):
     sizes = problem.sizes(ctx.avals_in)
+    sizes.pop("M", None)  # a short row has no chunk states, and tokens all the same
     empty = 0 in sizes.values()  # nothing to launch: the results are zeros and the states as given
-    if not _kernels_run(problem, ctx.avals_in) or empty:
+    if not _kernels_run(stage, problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
     workspace_bytes = _extension.workspace_bytes(
@@ -394,14 +395,14 @@ def _lower_cuda(stage, ctx, *operands, problem):
     workspace = jax.core.ShapedArray((workspace_bytes,), np.uint8)
     rule = jax.ffi.ffi_lowering(_FFI_TARGETS[stage])
     results = rule(
-        ctx.replace(avals_out=[*ctx.avals_out, workspace]), *operands, **_attributes(problem)
+        ctx.replace(avals_out=[*ctx.avals_out, workspace]), *operands, **_attributes(stage, problem)
     )
     return results[:-1]
 
 
 def _lower_step_cuda(stage, ctx, *operands, problem):
     empty = 0 in problem.sizes(ctx.avals_in).values()
-    if not _kernels_run(problem, ctx.avals_in) or empty:
+    if not _kernels_run(stage, problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
     # In place: XLA copies the state first unless it is donated or used nowhere else.
@@ -410,11 +411,11 @@ def _lower_step_cuda(stage, ctx, *operands, problem):
     return rule(ctx, *operands, **_step_attributes(problem))
 
 
-def _kernels_run(problem, operands):
-    """Whether the CUDA kernels run this call on the NVIDIA GPUs it is lowered for."""
+def _kernels_run(stage, problem, operands):
+    """Whether the CUDA kernels run this stage on the NVIDIA GPUs it is lowered for."""
     if problem.implementation == "xla":
         return False
-    reasons = "; ".join(_support.unsupported_reasons(problem, operands))
+    reasons = "; ".join(_support.unsupported_reasons(problem, operands, stage=stage))
     if reasons and problem.implementation == "cuda":
         raise NotImplementedError(
             f'implementation="cuda" cannot run this call: {reasons}. '
@@ -431,10 +432,10 @@ def _warn_once(message):
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _attributes(problem):
+def _attributes(stage, problem):
     """What the handler has to know beyond the operands, in the exact types that it decodes."""
     padding = problem.padding_segment_id
-    return _common_attributes(problem) | dict(
+    attributes = _common_attributes(problem) | dict(
         has_padding_segment_id=np.bool_(padding is not None),
         padding_segment_id=np.int32(0 if padding is None else padding),
         max_segments=np.int64(problem.max_segments),
@@ -442,6 +443,9 @@ def _attributes(problem):
         has_segment_ids=np.bool_(problem.has_segment_ids),
         return_final_state=np.bool_(problem.return_final_state),
     )
+    if stage == "forward":
+        attributes["return_chunk_states"] = np.bool_(problem.return_chunk_states)
+    return attributes
 
 
 def _step_attributes(problem):

@@ -35,21 +35,27 @@ AXES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Options:
+    """What every call has; `_validation.check_options` fills it."""
+
     gate: Literal["log_decay", "softplus", "bounded"] = "log_decay"
     gate_lower_bound: float = -5.0  # read by "bounded" alone
     beta_is_logits: bool = False
     allow_neg_eigval: bool = False
     qk_l2norm: bool = False
     scale: float = 1.0
+    implementation: Literal["cuda", "xla"] | None = None
+    has_A_log: bool = False
+    has_dt_bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(Options):
     padding_segment_id: int | None = 0
     max_segments: int = 1  # N, the segment states a row carries; 1 without segment_ids
     return_final_state: bool = False
     return_chunk_states: bool = False
     residual_name: str | None = None
-    implementation: Literal["cuda", "xla"] | None = None
-    has_A_log: bool = False
-    has_dt_bias: bool = False
     has_initial_state: bool = False
     has_segment_ids: bool = False
 
@@ -95,7 +101,7 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepProblem:
+class StepProblem(Options):
     """The static description of one decode step, the `Problem` of its one stage, "step".
 
     Axes: B sequences of their own states; with state_indices R sequences of a pool of S states.
@@ -103,16 +109,7 @@ class StepProblem:
     gate parameters that all sequences share; a vmap over parameters gives each sequence its own.
     """
 
-    gate: Literal["log_decay", "softplus", "bounded"] = "log_decay"
-    gate_lower_bound: float = -5.0  # read by "bounded" alone
-    beta_is_logits: bool = False
-    allow_neg_eigval: bool = False
-    qk_l2norm: bool = False
-    scale: float = 1.0
     return_token_states: bool = False
-    implementation: Literal["cuda", "xla"] | None = None
-    has_A_log: bool = False
-    has_dt_bias: bool = False
     has_state_indices: bool = False
     parameters_per_sequence: bool = False
 

@@ -7,7 +7,15 @@ import numpy as np
 
 from . import _primitives, _support
 from ._problem import StepProblem
-from ._validation import FLOATS, Errors, check_are_arrays, check_options, strong
+from ._validation import (
+    Errors,
+    check_are_arrays,
+    check_dtypes,
+    check_options,
+    check_shapes,
+    check_sizes,
+    strong,
+)
 
 MOST_TOKENS = 8
 _NAME = "kimi_delta_attention_step"
@@ -127,16 +135,10 @@ def _resolve(
     state,
     *,
     state_indices=None,
-    gate="log_decay",
     A_log=None,
     dt_bias=None,
-    gate_lower_bound=-5.0,
-    beta_is_logits=False,
-    allow_neg_eigval=False,
-    qk_l2norm=False,
-    scale=None,
     return_token_states=False,
-    implementation=None,
+    **options,
 ) -> tuple[StepProblem, dict[str, Any]]:
     """The call's StepProblem and its present arrays by name, after checking all of it."""
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state=state)
@@ -144,97 +146,36 @@ def _resolve(
     arrays.update({name: x for name, x in optional.items() if x is not None})
     check_are_arrays(_NAME, arrays)
     errors = Errors(_NAME)
-    scale = check_options(
-        errors,
-        k,
-        gate=gate,
-        gate_lower_bound=gate_lower_bound,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        beta_is_logits=beta_is_logits,
-        allow_neg_eigval=allow_neg_eigval,
-        qk_l2norm=qk_l2norm,
-        scale=scale,
-        implementation=implementation,
-    )
+    common = check_options(errors, k, A_log=A_log, dt_bias=dt_bias, **options)
     errors.check_flag("return_token_states", return_token_states)
     _check_dtypes(errors, arrays)
     _check_shapes(errors, arrays)
     errors.raise_if_any()
     problem = StepProblem(
-        gate=gate,
-        gate_lower_bound=float(gate_lower_bound) if gate == "bounded" else -5.0,
-        beta_is_logits=bool(beta_is_logits),
-        allow_neg_eigval=bool(allow_neg_eigval),
-        qk_l2norm=bool(qk_l2norm),
-        scale=scale,
+        **common,
         return_token_states=bool(return_token_states),
-        implementation=implementation,
-        **{f"has_{name}": name in arrays for name in optional},
+        has_state_indices=state_indices is not None,
     )
     return problem, arrays
 
 
 def _check_dtypes(errors, arrays):
-    names = {name: np.dtype(x.dtype).name for name, x in arrays.items()}
-    for name in ("q", "k", "v", "g", "beta"):
-        errors.check_type(
-            names[name] in FLOATS,
-            f"{name}: got dtype {names[name]}; one of {', '.join(FLOATS)} is accepted",
-        )
-    errors.check_type(
-        names["q"] == names["k"] == names["v"],
-        f"q, k, v: got dtypes {names['q']}, {names['k']}, {names['v']}; one for all is accepted",
-    )
-    double = names["v"] == "float64"
-    accepted = dict(
-        A_log=("float32",),
-        dt_bias=("float32",),
-        state=("float64",) if double else ("float32", "bfloat16"),
-        state_indices=("int32",),
-    )
-    for name in accepted.keys() & names.keys():
-        errors.check_type(
-            names[name] in accepted[name],
-            f"{name}: got dtype {names[name]}; {' or '.join(accepted[name])} is accepted"
-            + (f" (v is {names['v']})" if name == "state" else ""),
-        )
+    double = np.dtype(arrays["v"].dtype) == np.float64
+    state = ("float64",) if double else ("float32", "bfloat16")
+    check_dtypes(errors, arrays, state=state, state_indices=("int32",))
 
 
 def _check_shapes(errors, arrays):
     """Checks all shapes against those of k and v."""
-    known = all(
-        errors.check(
-            arrays[name].ndim == 4,
-            f"{name}: got shape {arrays[name].shape}; [N, T, {heads}] is accepted",
-        )
-        for name, heads in (("k", "H, K"), ("v", "HV, V"))
-    )
-    if not known:
+    sizes = check_sizes(errors, arrays, "N")
+    if sizes is None:
         return
-    N, T, H, K = arrays["k"].shape
-    HV, V = arrays["v"].shape[2:]
-    errors.check(
-        min(H, K, HV, V) >= 1,
-        f"k, v: got H={H}, K={K}, HV={HV}, V={V}; each at least 1 is accepted",
-    )
+    N, T, H, K, HV, V = sizes
     errors.check(
         1 <= T <= MOST_TOKENS,
         f"k: got {T} tokens; 1 to {MOST_TOKENS} are accepted, and kimi_delta_attention takes more",
     )
-    errors.check(
-        H >= 1 and HV % H == 0,
-        f"v: got {HV} value heads for {H} query/key heads; a multiple of {H} is accepted",
-    )
-    shapes = dict(
-        q=("N, T, H, K", (N, T, H, K)),
-        v=("N, T, HV, V", (N, T, HV, V)),
-        g=("N, T, HV, K", (N, T, HV, K)),
-        beta=("N, T, HV", (N, T, HV)),
-        A_log=("HV", (HV,)),
-        dt_bias=("HV, K", (HV, K)),
-        state_indices=("N", (N,)),
-    )
+    shapes = dict(state_indices=("N", (N,)))
     if "state_indices" not in arrays:
         shapes["state"] = ("N, HV, K, V", (N, HV, K, V))
     else:
@@ -244,9 +185,4 @@ def _check_shapes(errors, arrays):
             f"state: got shape {shape}; (slots, {HV}, {K}, {V}) = [slots, HV, K, V] with at "
             "least one slot is accepted with state_indices",
         )
-    for name in shapes.keys() & arrays.keys():
-        letters, accepted = shapes[name]
-        errors.check(
-            arrays[name].shape == accepted,
-            f"{name}: got shape {tuple(arrays[name].shape)}; {accepted} = [{letters}] is accepted",
-        )
+    check_shapes(errors, arrays, "N", sizes, shapes)

@@ -22,9 +22,12 @@ _STEP_COUNT_LIMIT = 2**28
 
 
 def unsupported_reasons(
-    problem: Problem | StepProblem, operands, compute_capability: str | None = None
+    problem: Problem | StepProblem,
+    operands,
+    compute_capability: str | None = None,
+    stage: str = "forward",
 ) -> tuple[str, ...]:
-    """Why the kernels cannot run this call; empty if they can.
+    """Why the kernels cannot run this stage of a call; empty if they can.
 
     `operands` are those of `problem.operand_names`, or anything with their shapes and dtypes.
     Without `compute_capability` ("9.0") those of all local CUDA devices count, and where there are
@@ -38,8 +41,10 @@ def unsupported_reasons(
     mismatches = _step_mismatches if is_step else _mismatches
     capabilities = [compute_capability] if compute_capability else _local_compute_capabilities()
     reasons = []
-    if not is_step and problem.return_chunk_states:
-        reasons.append("the kernels do not return chunk states (return_chunk_states=True)")
+    if stage == "backward" and problem.return_chunk_states:
+        reasons.append(
+            "the backward kernels take no cotangent of chunk states (return_chunk_states=True)"
+        )
     for capability in capabilities or [None]:
         compiled = [row for row in variants if capability in (None, _capability(row))]
         if compiled:

@@ -5,6 +5,7 @@ All mismatches of a call are collected and raised together, while tracing.
 
 import math
 import numbers
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,17 +66,19 @@ def check_options(
     errors,
     k,
     *,
-    gate,
-    gate_lower_bound,
-    A_log,
-    dt_bias,
-    beta_is_logits,
-    allow_neg_eigval,
-    qk_l2norm,
-    scale,
-    implementation,
-) -> float:
-    """Checks the options of gate, norms and beta; returns the scale."""
+    gate="log_decay",
+    gate_lower_bound=-5.0,
+    A_log=None,
+    dt_bias=None,
+    beta_is_logits=False,
+    allow_neg_eigval=False,
+    qk_l2norm=False,
+    scale=None,
+    implementation=None,
+) -> dict[str, Any]:
+    """Checks the options that the ops share; returns them as fields of a Problem or a StepProblem,
+    unless there are errors.
+    """
     errors.check(
         gate in GATES, f"gate: got {gate!r}; one of {', '.join(map(repr, GATES))} is accepted"
     )
@@ -101,7 +104,20 @@ def check_options(
         )
     if gate in GATES:
         _check_gate_parameters(errors, gate, A_log, dt_bias)
-    return _check_scale(errors, scale, k)
+    scale = _check_scale(errors, scale, k)
+    if errors.messages:
+        return {}
+    return dict(
+        gate=gate,
+        gate_lower_bound=float(gate_lower_bound) if gate == "bounded" else -5.0,
+        beta_is_logits=bool(beta_is_logits),
+        allow_neg_eigval=bool(allow_neg_eigval),
+        qk_l2norm=bool(qk_l2norm),
+        scale=scale,
+        implementation=implementation,
+        has_A_log=A_log is not None,
+        has_dt_bias=dt_bias is not None,
+    )
 
 
 def _check_scale(errors, scale, k):
@@ -128,3 +144,72 @@ def _check_gate_parameters(errors, gate, A_log, dt_bias):
                 f"{name}: got an array with gate='log_decay', which uses g as it is; leave it out, "
                 "or pass the raw gate with gate='softplus' or 'bounded'",
             )
+
+
+def check_dtypes(errors, arrays, **accepted):
+    """Checks the types of what every call has, and of the arrays in `accepted`: (name, ..) each."""
+    names = {name: np.dtype(x.dtype).name for name, x in arrays.items()}
+    for name in ("q", "k", "v", "g", "beta"):
+        errors.check_type(
+            names[name] in FLOATS,
+            f"{name}: got dtype {names[name]}; one of {', '.join(FLOATS)} is accepted",
+        )
+    errors.check_type(
+        names["q"] == names["k"] == names["v"],
+        f"q, k, v: got dtypes {names['q']}, {names['k']}, {names['v']}; one for all is accepted",
+    )
+    accepted |= dict(A_log=("float32",), dt_bias=("float32",))
+    for name in accepted.keys() & names.keys():
+        errors.check_type(
+            names[name] in accepted[name],
+            f"{name}: got dtype {names[name]}; {' or '.join(accepted[name])} is accepted"
+            + (f" (v is {names['v']})" if name.endswith("state") else ""),
+        )
+
+
+def check_sizes(errors, arrays, rows) -> tuple[int, ...] | None:
+    """(rows, T, H, K, HV, V) of k and v, whose first axis has the letter `rows`; None where they do
+    not tell.
+    """
+    known = all(
+        errors.check(
+            arrays[name].ndim == 4,
+            f"{name}: got shape {arrays[name].shape}; [{rows}, T, {heads}] is accepted",
+        )
+        for name, heads in (("k", "H, K"), ("v", "HV, V"))
+    )
+    if not known:
+        return None
+    H, K = arrays["k"].shape[2:]
+    HV, V = arrays["v"].shape[2:]
+    errors.check(
+        min(H, K, HV, V) >= 1,
+        f"k, v: got H={H}, K={K}, HV={HV}, V={V}; each at least 1 is accepted",
+    )
+    errors.check(
+        H >= 1 and HV % H == 0,
+        f"v: got {HV} value heads for {H} query/key heads; a multiple of {H} is accepted",
+    )
+    return (*arrays["k"].shape, HV, V)
+
+
+def check_shapes(errors, arrays, rows, sizes, shapes):
+    """Checks what every call has against the sizes, and the arrays in `shapes`: (letters, shape) or
+    (letters, shape, when) each.
+    """
+    B, T, H, K, HV, V = sizes
+    shapes = shapes | dict(
+        q=(f"{rows}, T, H, K", (B, T, H, K)),
+        v=(f"{rows}, T, HV, V", (B, T, HV, V)),
+        g=(f"{rows}, T, HV, K", (B, T, HV, K)),
+        beta=(f"{rows}, T, HV", (B, T, HV)),
+        A_log=("HV", (HV,)),
+        dt_bias=("HV, K", (HV, K)),
+    )
+    for name in shapes.keys() & arrays.keys():
+        letters, accepted, *when = shapes[name]
+        errors.check(
+            arrays[name].shape == accepted,
+            f"{name}: got shape {tuple(arrays[name].shape)}; {accepted} = [{letters}] is accepted"
+            + "".join(when),
+        )

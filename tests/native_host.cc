@@ -29,7 +29,20 @@ float real(std::istream& line) { return std::strtof(number<std::string>(line).c_
 template <typename T>
 T* address(std::istream& line) { return reinterpret_cast<T*>(number<uintptr_t>(line)); }
 
-// Of a forward call the gradients are ignored, of a backward call o and final_state.
+// Options and operands of every call.
+template <class Params>
+void parse_data(std::istream& line, Params& p) {
+  p.gate = Gate(number<int32_t>(line));
+  p.gate_lower_bound = real(line);
+  p.beta_is_logits = number<bool>(line);
+  p.allow_neg_eigval = number<bool>(line);
+  p.scale = real(line);
+  for (const void** operand : {&p.q, &p.k, &p.v, &p.g, &p.beta}) *operand = address<void>(line);
+  p.A_log = address<float>(line);
+  p.dt_bias = address<float>(line);
+}
+
+// Of a forward call the gradients are ignored, of a backward call the forward's results.
 BackwardParams parse(std::istream& line) {
   BackwardParams backward{};
   ForwardParams& p = backward.forward;
@@ -39,18 +52,12 @@ BackwardParams parse(std::istream& line) {
   for (DType* dtype : {&p.qkv_dtype, &p.g_dtype, &p.beta_dtype}) {
     *dtype = DType(number<int32_t>(line));
   }
-  p.gate = Gate(number<int32_t>(line));
-  p.gate_lower_bound = real(line);
-  p.beta_is_logits = number<bool>(line);
-  p.allow_neg_eigval = number<bool>(line);
-  p.scale = real(line);
-  for (const void** operand : {&p.q, &p.k, &p.v, &p.g, &p.beta}) *operand = address<void>(line);
-  p.A_log = address<float>(line);
-  p.dt_bias = address<float>(line);
+  parse_data(line, p);
   p.initial_state = address<float>(line);
   p.segment_ids = address<int32_t>(line);
   p.o = address<void>(line);
   p.final_state = address<float>(line);
+  p.chunk_states = address<float>(line);
   p.workspace = address<void>(line);
   backward.d_o = address<void>(line);
   backward.d_final_state = address<float>(line);
@@ -73,14 +80,7 @@ StepParams parse_step(std::istream& line) {
   for (DType* dtype : {&p.qkv_dtype, &p.g_dtype, &p.beta_dtype, &p.state_dtype}) {
     *dtype = DType(number<int32_t>(line));
   }
-  p.gate = Gate(number<int32_t>(line));
-  p.gate_lower_bound = real(line);
-  p.beta_is_logits = number<bool>(line);
-  p.allow_neg_eigval = number<bool>(line);
-  p.scale = real(line);
-  for (const void** operand : {&p.q, &p.k, &p.v, &p.g, &p.beta}) *operand = address<void>(line);
-  p.A_log = address<float>(line);
-  p.dt_bias = address<float>(line);
+  parse_data(line, p);
   p.state_indices = address<int32_t>(line);
   for (void** pointer : {&p.state, &p.o, &p.token_states}) *pointer = address<void>(line);
   return p;

@@ -10,7 +10,7 @@ import pytest
 from built import extension
 from jax import export
 
-from jax_flashkda import _extension, _primitives, _support, kimi_delta_attention
+from jax_flashkda import _extension, _primitives, _support, kimi_delta_attention, supported
 from jax_flashkda._problem import Problem
 
 TARGET, BACKWARD = "jax_flashkda.forward", "jax_flashkda.backward"
@@ -127,6 +127,7 @@ def test_the_call_carries_every_option(declared_kernels):
         has_initial_state="true",
         has_segment_ids="true",
         return_final_state="true",
+        return_chunk_states="false",
     )
     assert {name: attributes.get(name) for name in wanted} == wanted
     operands, results = call[call.rindex(" : (") :].split(" -> ")
@@ -170,6 +171,35 @@ def test_the_gradient_runs_both_kernels(declared_kernels):
     assert re.findall(r"tensor<([^>]+)>", results) == [*primals, f"{WORKSPACE}xui8"]
     sizes = dict(B=2, T=70, H=1, HV=2, K=128, V=128, N=3, has_segment_ids=True)
     assert ("backward", sizes) in declared_kernels
+
+
+def test_chunk_states_are_a_result_of_the_kernels(declared_kernels):
+    """Also where a row is too short for any; the workspace follows from the same sizes."""
+    run = functools.partial(attend, return_chunk_states=True, implementation="cuda")
+    for T in (150, 63):
+        (call,) = forward_calls(lowered(run, "cuda", inputs(T=T)))
+        assert "return_chunk_states = true" in call
+        results = re.findall(r"tensor<([^>]+)>", call[call.rindex(" -> ") :])
+        assert results[1:] == [
+            "2x3x2x128x128xf32", f"2x{T // 64}x2x128x128xf32", f"{WORKSPACE}xui8"
+        ]  # fmt: skip
+        sizes = dict(B=2, T=T, H=1, HV=2, K=128, V=128, N=3, has_segment_ids=True)
+        assert declared_kernels[-1] == ("forward", sizes)
+
+
+def test_the_gradient_of_chunk_states_runs_on_xla(declared_kernels):
+    def gradient_of(arrays, **options):
+        attended = lambda v: attend(arrays | dict(v=v), return_chunk_states=True, **options)
+        return jax.vjp(attended, arrays["v"])[1](attended(arrays["v"]))
+
+    arrays = inputs(T=150)
+    assert supported(**arrays, gate="softplus", return_chunk_states=True) is None
+    named = functools.partial(gradient_of, implementation="cuda")
+    with pytest.raises(NotImplementedError, match="take no cotangent of chunk states"):
+        lowered(named, "cuda", arrays)
+    with pytest.warns(RuntimeWarning, match="take no cotangent of chunk states"):
+        text = lowered(gradient_of, "cuda", arrays)
+    assert forward_calls(text) and not calls_of(BACKWARD, text) and "stablehlo.while" in text
 
 
 def test_vmap_and_shard_map_lower_to_one_call(declared_kernels):

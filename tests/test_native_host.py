@@ -24,8 +24,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A valid call, in the order in which native_host.cc reads it.
 ADDRESSES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "segment_ids", "o")
-ADDRESSES += ("final_state", "workspace", "d_o", "d_final_state", "dq", "dk", "dv", "dg", "d_beta")
-ADDRESSES += ("dA_log", "d_dt_bias", "d_initial_state")
+ADDRESSES += ("final_state", "chunk_states", "workspace", "d_o", "d_final_state")
+ADDRESSES += ("dq", "dk", "dv", "dg", "d_beta", "dA_log", "d_dt_bias", "d_initial_state")
 STAGES = ("forward", "backward")
 F32, BF16, F16 = 0, 1, 2
 LOG_DECAY, SOFTPLUS, BOUNDED = 0, 1, 2
@@ -151,6 +151,7 @@ STAGE_FAULTS = dict(
     forward=[
         *missing_or_unaligned(["o"]),
         (dict(final_state_at=8), "final_state is not aligned to 16 bytes"),
+        (dict(chunk_states_at=8), "chunk_states is not aligned to 16 bytes"),
     ],
     backward=[
         *missing_or_unaligned(["d_o", "dq", "dk", "dv", "dg", "d_initial_state"]),
@@ -178,6 +179,7 @@ def test_a_valid_call_passes(host, stage):
         dict(B=0) | NOTHING,
         dict(B=0, initial_state_at=0) | NOTHING,
         dict(initial_state_at=0, final_state_at=0, d_initial_state_at=0, d_final_state_at=0),
+        dict(chunk_states_at=0),
         dict(has_segment_ids=1, N=0, segment_ids_at=4),
         dict(has_segment_ids=1, N=7, segment_ids_at=4096),
         dict(gate=SOFTPLUS, A_log_at=4, dt_bias_at=16, dA_log_at=4, d_dt_bias_at=16),
@@ -462,7 +464,7 @@ def test_the_module_counts_the_same(host, stage):
 
 # Handlers: through XLA, on the CPU
 
-B, T, H, HV, K, V, N = 2, 48, 2, 4, 128, 128, 3
+B, T, H, HV, K, V, N = 2, 130, 2, 4, 128, 128, 3
 OPERANDS = {
     "q": ((B, T, H, K), "bfloat16"),
     "k": ((B, T, H, K), "bfloat16"),
@@ -475,11 +477,12 @@ OPERANDS = {
     "segment_ids": ((B, T), "int32"),
 }
 RESULTS = {"o": ((B, T, HV, V), "bfloat16"), "final_state": ((B, N, HV, K, V), "float32")}
+CHUNK_STATES = {"chunk_states": ((B, 2, HV, K, V), "float32")}
 GRADIENTS = dict(q="dq", k="dk", v="dv", g="dg", beta="d_beta", A_log="dA_log")
 GRADIENTS |= dict(dt_bias="d_dt_bias", initial_state="d_initial_state")
 # Each stage's operands and results by name.
 CALLS = dict(
-    forward=(OPERANDS, RESULTS),
+    forward=(OPERANDS, RESULTS | CHUNK_STATES),
     backward=(
         OPERANDS | {f"d_{name}": spec for name, spec in RESULTS.items()},
         {gradient: OPERANDS[name] for name, gradient in GRADIENTS.items()},
@@ -500,6 +503,9 @@ ATTRIBUTES = dict(
     has_initial_state=np.bool_(True),
     has_segment_ids=np.bool_(True),
     return_final_state=np.bool_(True),
+)
+STAGE_ATTRIBUTES = dict(
+    forward=ATTRIBUTES | dict(return_chunk_states=np.bool_(True)), backward=ATTRIBUTES
 )
 
 
@@ -523,7 +529,8 @@ def call_handler(operands=None, results=None, workspace=None, stage="forward", *
     if workspace is None:
         workspace = ((needed_bytes(stage),), "uint8")
     out = [jax.ShapeDtypeStruct(*spec) for spec in [*results.values(), workspace]]
-    attributes = {k: v for k, v in (ATTRIBUTES | attributes).items() if v is not None}
+    attributes = STAGE_ATTRIBUTES[stage] | attributes
+    attributes = {name: x for name, x in attributes.items() if x is not None}
 
     def program():
         arrays = [jnp.zeros(*spec) for spec in operands.values()]
@@ -565,6 +572,12 @@ def test_handler_takes_calls_without_optional_operands(absent, stage):
     call_handler(operands, results, stage=stage, **attributes)
 
 
+def test_handler_takes_calls_without_chunk_states():
+    call_handler(results=RESULTS, return_chunk_states=np.bool_(False))
+    assert "chunk_states is uint8" in refusal(results=RESULTS)
+    assert "workspace is float32" in refusal(return_chunk_states=np.bool_(False))
+
+
 @pytest.mark.parametrize(
     "stage, name", [(stage, name) for stage in STAGES for specs in CALLS[stage] for name in specs]
 )
@@ -594,8 +607,9 @@ def test_handler_holds_a_gradient_against_its_operand(name):
     assert f"{name} has another dtype than what it is the gradient of" in message
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", sorted(ATTRIBUTES))
+@pytest.mark.parametrize(
+    "stage, name", [(stage, name) for stage in STAGES for name in sorted(STAGE_ATTRIBUTES[stage])]
+)
 def test_handler_refuses_missing_and_mistyped_attributes(name, stage):
     assert f"attribute {name}: " in refusal(stage=stage, **{name: None})
     assert f"attribute {name}: " in refusal(stage=stage, **{name: np.float64(1)})
@@ -612,7 +626,9 @@ def test_handler_refuses_operands_that_contradict_the_attributes(name, stage):
 def test_handler_refuses_what_nobody_reads(stage):
     operands, results = CALLS[stage]
     n, m = len(operands), len(results) + 1
-    assert "got 15 attributes, expected 14" in refusal(stage=stage, chunk=np.int32(64))
+    known = len(STAGE_ATTRIBUTES[stage])
+    message = refusal(stage=stage, chunk=np.int32(64))
+    assert f"got {known + 1} attributes, expected {known}" in message
     more = operands | {"more": ((3,), "float32")}
     assert f"got {n + 1} operands, expected {n}" in refusal(more, stage=stage)
     more = results | {"w": ((2**30,), "uint8")}

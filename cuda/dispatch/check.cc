@@ -118,10 +118,9 @@ void check_pointer(const char* what, const void* pointer, bool needed, uintptr_t
 
 bool has_tokens(const ForwardShape& s) { return s.B > 0 && s.T > 0; }
 
-// Inputs and workspace: what forward and backward both read.
-void check_input_pointers(const ForwardParams& p, Problems& problems) {
-  const ForwardShape& s = p.shape;
-  const bool tokens = has_tokens(s);
+// What every call reads. Of a ForwardParams or a StepParams.
+template <class Params>
+void check_data_pointers(const Params& p, bool tokens, Problems& problems) {
   check_pointer("q", p.q, tokens, 16, problems);
   check_pointer("k", p.k, tokens, 16, problems);
   check_pointer("v", p.v, tokens, 16, problems);
@@ -129,6 +128,13 @@ void check_input_pointers(const ForwardParams& p, Problems& problems) {
   check_pointer("beta", p.beta, tokens, 4, problems);
   check_pointer("A_log", p.A_log, false, 4, problems);
   check_pointer("dt_bias", p.dt_bias, false, 16, problems);
+}
+
+// Inputs and workspace: what forward and backward both read.
+void check_input_pointers(const ForwardParams& p, Problems& problems) {
+  const ForwardShape& s = p.shape;
+  const bool tokens = has_tokens(s);
+  check_data_pointers(p, tokens, problems);
   check_pointer("initial_state", p.initial_state, false, 16, problems);
   check_pointer("segment_ids", p.segment_ids, tokens && s.has_segment_ids, 4, problems);
   if (!s.has_segment_ids && p.segment_ids != nullptr)
@@ -139,6 +145,7 @@ void check_input_pointers(const ForwardParams& p, Problems& problems) {
 void check_output_pointers(const ForwardParams& p, Problems& problems) {
   check_pointer("o", p.o, has_tokens(p.shape), 16, problems);
   check_pointer("final_state", p.final_state, false, 16, problems);
+  check_pointer("chunk_states", p.chunk_states, false, 16, problems);
 }
 
 // The cotangents, and a gradient for each float operand of the call and no other.
@@ -200,13 +207,7 @@ void check_step_variant(const StepParams& p, Problems& problems) {
 
 void check_step_pointers(const StepParams& p, Problems& problems) {
   const bool tokens = p.shape.N > 0;
-  check_pointer("q", p.q, tokens, 16, problems);
-  check_pointer("k", p.k, tokens, 16, problems);
-  check_pointer("v", p.v, tokens, 16, problems);
-  check_pointer("g", p.g, tokens, 16, problems);
-  check_pointer("beta", p.beta, tokens, 4, problems);
-  check_pointer("A_log", p.A_log, false, 4, problems);
-  check_pointer("dt_bias", p.dt_bias, false, 16, problems);
+  check_data_pointers(p, tokens, problems);
   check_pointer("state_indices", p.state_indices, false, 4, problems);
   if (p.state_indices == nullptr && p.shape.slots != p.shape.N)
     problems.add("slots is ", p.shape.slots, ", must be N = ", p.shape.N, " without state_indices");

@@ -44,9 +44,15 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
   ForwardParams params = given;
   params.workspace = aligned_workspace(given.workspace);
   params.nonzero_beta = false;
-  const ForwardWorkspace workspace = forward_workspace(params.shape, params.stage_order);
+  // States inside a row are those of a call that ends there: in no pieces.
+  const bool chunk_states = params.chunk_states != nullptr;
+  const ForwardWorkspace workspace =
+      forward_workspace(params.shape, chunk_states ? StageOrder::kWholeRows : params.stage_order);
 
   if (has_tokens(params.shape)) {
+    if (chunk_states && params.shape.has_segment_ids) {
+      if (Status status = sm90::clear_chunk_states(params, stream); !status.ok()) return status;
+    }
     if (Status status = prepare_chunks(params, workspace, stream); !status.ok()) return status;
     if (workspace.pieces.count > 1) {
       if (Status status = sm90::launch_chunk_state_pieces(params, workspace, stream); !status.ok())
@@ -67,6 +73,7 @@ Status backward(const BackwardParams& given, CUstream_st* stream) {
   forward.workspace = aligned_workspace(given.forward.workspace);
   forward.o = nullptr;
   forward.final_state = nullptr;
+  forward.chunk_states = nullptr;
   forward.nonzero_beta = true;
   const BackwardWorkspace workspace = backward_workspace(forward.shape);
 

@@ -7,7 +7,8 @@
 // No exception leaves a handler: the caller is on the far side of a C ABI.
 //
 // forward:  operands  q k v g beta [A_log] [dt_bias] [initial_state] [segment_ids]
-//           results   o [final_state] workspace            ([..]: told present by an attribute)
+//           results   o [final_state] [chunk_states] workspace
+//                                                          ([..]: told present by an attribute)
 // backward: operands  those of the forward, d_o [d_final_state]
 //           results   dq dk dv dg d_beta [dA_log] [d_dt_bias] [d_initial_state] workspace
 // step:     operands  q k v g beta [A_log] [dt_bias] state [state_indices]
@@ -24,6 +25,7 @@
 #include <utility>
 
 #include "dispatch/dispatch.h"
+#include "problem/workspace.h"
 #include "xla/ffi/api/ffi.h"
 
 struct CUstream_st;
@@ -90,7 +92,7 @@ class Operand {
   }
 
   // `meaning` spells the expected dimensions as letters, for the message.
-  void expect_shape(const char* meaning, std::initializer_list<int64_t> dims) const {
+  void expect_shape(const std::string& meaning, std::initializer_list<int64_t> dims) const {
     const ffi::Span<const int64_t> got = buffer_.dimensions();
     if (got.size() != dims.size() || !std::equal(dims.begin(), dims.end(), got.begin())) {
       refuse(name_ + " has shape " + to_string(got) + ", expected " + meaning + " = " +
@@ -214,19 +216,33 @@ void read_attributes(AttributeReader& attributes, ForwardParams& params) {
   params.shape.has_segment_ids = attributes.get<bool>("has_segment_ids");
 }
 
+// The first axis of an operand, by its letter in messages.
+struct Rows {
+  const char* letter;
+  int64_t count;
+
+  std::string axes(const char* rest) const { return std::string("[") + letter + ", " + rest + "]"; }
+};
+Rows rows_of(const ForwardShape& s) { return {"B", s.B}; }
+Rows rows_of(const StepShape& s) { return {"N", s.N}; }
+int64_t& row_count(ForwardShape& s) { return s.B; }
+int64_t& row_count(StepShape& s) { return s.N; }
+
 // q, k, v, g, beta, which every call has. q and v give the sizes; all else is held against them.
-void read_data(OperandReader& operands, ForwardParams& params) {
+template <class Params>
+void read_data(OperandReader& operands, Params& params) {
   const Operand q = operands.next("q"), k = operands.next("k"), v = operands.next("v");
   const Operand g = operands.next("g"), beta = operands.next("beta");
   q.expect_rank(4);
   v.expect_rank(4);
-  ForwardShape& s = params.shape;
-  s.B = q.dim(0), s.T = q.dim(1), s.H = q.dim(2), s.K = q.dim(3);
+  auto& s = params.shape;
+  row_count(s) = q.dim(0), s.T = q.dim(1), s.H = q.dim(2), s.K = q.dim(3);
   s.HV = v.dim(2), s.V = v.dim(3);
-  k.expect_shape("[B, T, H, K]", {s.B, s.T, s.H, s.K});
-  v.expect_shape("[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
-  g.expect_shape("[B, T, HV, K]", {s.B, s.T, s.HV, s.K});
-  beta.expect_shape("[B, T, HV]", {s.B, s.T, s.HV});
+  const Rows rows = rows_of(s);
+  k.expect_shape(rows.axes("T, H, K"), {rows.count, s.T, s.H, s.K});
+  v.expect_shape(rows.axes("T, HV, V"), {rows.count, s.T, s.HV, s.V});
+  g.expect_shape(rows.axes("T, HV, K"), {rows.count, s.T, s.HV, s.K});
+  beta.expect_shape(rows.axes("T, HV"), {rows.count, s.T, s.HV});
   params.qkv_dtype = q.float_dtype();
   k.expect_dtype(q.dtype());
   v.expect_dtype(q.dtype());
@@ -241,16 +257,17 @@ void read_data(OperandReader& operands, ForwardParams& params) {
 
 // The optional operands and their gradients are read alike.
 template <typename Pointer>
-void read_A_log(const Operand& A_log, const ForwardShape& s, Pointer& pointer) {
+void read_A_log(const Operand& A_log, const Rows& rows, int64_t HV, Pointer& pointer) {
   A_log.expect_dtype(ffi::F32);
-  A_log.expect_shape("[B, HV]", {s.B, s.HV});
+  A_log.expect_shape(rows.axes("HV"), {rows.count, HV});
   pointer = A_log.data<float>();
 }
 
 template <typename Pointer>
-void read_dt_bias(const Operand& dt_bias, const ForwardShape& s, Pointer& pointer) {
+void read_dt_bias(const Operand& dt_bias, const Rows& rows, int64_t HV, int64_t K,
+                  Pointer& pointer) {
   dt_bias.expect_dtype(ffi::F32);
-  dt_bias.expect_shape("[B, HV, K]", {s.B, s.HV, s.K});
+  dt_bias.expect_shape(rows.axes("HV, K"), {rows.count, HV, K});
   pointer = dt_bias.data<float>();
 }
 
@@ -261,12 +278,19 @@ void read_state(const Operand& state, const ForwardShape& s, Pointer& pointer) {
   pointer = state.data<float>();
 }
 
-// o or its cotangent.
-template <typename Pointer>
-void read_output(const Operand& o, const char* name, const ForwardParams& params,
-                 Pointer& pointer) {
+void read_chunk_states(const Operand& states, ForwardParams& params) {
   const ForwardShape& s = params.shape;
-  o.expect_shape("[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
+  states.expect_dtype(ffi::F32);
+  states.expect_shape("[B, T / 64, HV, K, V]", {s.B, s.T / kChunk, s.HV, s.K, s.V});
+  params.chunk_states = states.data<float>();
+}
+
+// o or its cotangent.
+template <class Params, typename Pointer>
+void read_output(const Operand& o, const char* name, const Params& params, Pointer& pointer) {
+  const auto& s = params.shape;
+  const Rows rows = rows_of(s);
+  o.expect_shape(rows.axes("T, HV, V"), {rows.count, s.T, s.HV, s.V});
   if (o.float_dtype() != params.qkv_dtype) refuse(std::string(name) + " has another dtype than v");
   pointer = o.data<void>();
 }
@@ -281,8 +305,9 @@ Present read_optional_operands(OperandReader& operands, AttributeReader& attribu
   const ForwardShape& s = params.shape;
   const Present present = {attributes.get<bool>("has_A_log"), attributes.get<bool>("has_dt_bias"),
                            attributes.get<bool>("has_initial_state")};
-  if (present.A_log) read_A_log(operands.next("A_log"), s, params.A_log);
-  if (present.dt_bias) read_dt_bias(operands.next("dt_bias"), s, params.dt_bias);
+  const Rows rows = rows_of(s);
+  if (present.A_log) read_A_log(operands.next("A_log"), rows, s.HV, params.A_log);
+  if (present.dt_bias) read_dt_bias(operands.next("dt_bias"), rows, s.HV, s.K, params.dt_bias);
   if (present.initial_state) read_state(operands.next("initial_state"), s, params.initial_state);
   if (s.has_segment_ids) {
     const Operand segment_ids = operands.next("segment_ids");
@@ -338,6 +363,8 @@ ForwardParams read_forward(Call call) {
   read_output(call.results.next("o"), "o", params, params.o);
   if (call.attributes.get<bool>("return_final_state"))
     read_state(call.results.next("final_state"), params.shape, params.final_state);
+  if (call.attributes.get<bool>("return_chunk_states"))
+    read_chunk_states(call.results.next("chunk_states"), params);
   const Operand workspace = read_workspace(call, params);
   call.expect_end();
   check_call(check_forward(params), workspace, forward_workspace_bytes(params.shape));
@@ -361,8 +388,10 @@ void read_gradients(ResultReader& results, const Present& present, BackwardParam
   params.dv = next("dv", p.qkv_dtype, "[B, T, HV, V]", {s.B, s.T, s.HV, s.V});
   params.dg = next("dg", p.g_dtype, "[B, T, HV, K]", {s.B, s.T, s.HV, s.K});
   params.d_beta = next("d_beta", p.beta_dtype, "[B, T, HV]", {s.B, s.T, s.HV});
-  if (present.A_log) read_A_log(results.next("dA_log"), s, params.dA_log);
-  if (present.dt_bias) read_dt_bias(results.next("d_dt_bias"), s, params.d_dt_bias);
+  const Rows rows = rows_of(s);
+  if (present.A_log) read_A_log(results.next("dA_log"), rows, s.HV, params.dA_log);
+  if (present.dt_bias)
+    read_dt_bias(results.next("d_dt_bias"), rows, s.HV, s.K, params.d_dt_bias);
   if (present.initial_state)
     read_state(results.next("d_initial_state"), s, params.d_initial_state);
 }
@@ -381,50 +410,15 @@ BackwardParams read_backward(Call call) {
   return params;
 }
 
-// q, k, v, g, beta of a step, and its sizes.
-void read_step_data(OperandReader& operands, StepParams& params) {
-  const Operand q = operands.next("q"), k = operands.next("k"), v = operands.next("v");
-  const Operand g = operands.next("g"), beta = operands.next("beta");
-  q.expect_rank(4);
-  v.expect_rank(4);
-  StepShape& s = params.shape;
-  s.N = q.dim(0), s.T = q.dim(1), s.H = q.dim(2), s.K = q.dim(3);
-  s.HV = v.dim(2), s.V = v.dim(3);
-  k.expect_shape("[N, T, H, K]", {s.N, s.T, s.H, s.K});
-  v.expect_shape("[N, T, HV, V]", {s.N, s.T, s.HV, s.V});
-  g.expect_shape("[N, T, HV, K]", {s.N, s.T, s.HV, s.K});
-  beta.expect_shape("[N, T, HV]", {s.N, s.T, s.HV});
-  params.qkv_dtype = q.float_dtype();
-  k.expect_dtype(q.dtype());
-  v.expect_dtype(q.dtype());
-  params.g_dtype = g.float_dtype();
-  params.beta_dtype = beta.float_dtype();
-  params.q = q.data<void>();
-  params.k = k.data<void>();
-  params.v = v.data<void>();
-  params.g = g.data<void>();
-  params.beta = beta.data<void>();
-}
-
 // One row of gate parameters for all sequences, or one for each.
 void read_step_parameters(Call& call, StepParams& params) {
   const StepShape& s = params.shape;
   const bool has_A_log = call.attributes.get<bool>("has_A_log");
   const bool has_dt_bias = call.attributes.get<bool>("has_dt_bias");
   params.parameters_per_sequence = call.attributes.get<bool>("parameters_per_sequence");
-  const int64_t rows = params.parameters_per_sequence ? s.N : 1;
-  if (has_A_log) {
-    const Operand A_log = call.operands.next("A_log");
-    A_log.expect_dtype(ffi::F32);
-    A_log.expect_shape("[P, HV]", {rows, s.HV});
-    params.A_log = A_log.data<float>();
-  }
-  if (has_dt_bias) {
-    const Operand dt_bias = call.operands.next("dt_bias");
-    dt_bias.expect_dtype(ffi::F32);
-    dt_bias.expect_shape("[P, HV, K]", {rows, s.HV, s.K});
-    params.dt_bias = dt_bias.data<float>();
-  }
+  const Rows rows = {"P", params.parameters_per_sequence ? s.N : 1};
+  if (has_A_log) read_A_log(call.operands.next("A_log"), rows, s.HV, params.A_log);
+  if (has_dt_bias) read_dt_bias(call.operands.next("dt_bias"), rows, s.HV, s.K, params.dt_bias);
 }
 
 // The operand and the result, which XLA gives one memory because the program asks it to. States
@@ -446,13 +440,10 @@ void read_step_state(Call& call, const Operand& given, StepParams& params) {
 StepParams read_step(Call call) {
   StepParams params{};
   read_options(call.attributes, params);
-  read_step_data(call.operands, params);
+  read_data(call.operands, params);
   read_step_parameters(call, params);
   const StepShape& s = params.shape;
-  const Operand o = call.results.next("o");
-  o.expect_shape("[N, T, HV, V]", {s.N, s.T, s.HV, s.V});
-  if (o.float_dtype() != params.qkv_dtype) refuse("o has another dtype than v");
-  params.o = o.data<void>();
+  read_output(call.results.next("o"), "o", params, params.o);
   const Operand state = call.operands.next("state");
   read_step_state(call, state, params);
   if (call.attributes.get<bool>("has_state_indices")) {
@@ -549,6 +540,16 @@ ffi::Error only_check_step(ffi::RemainingArgs args, ffi::RemainingRets rets,
   });
 }
 
+// What the handlers take.
+auto checking() { return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs(); }
+auto launching() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<CUstream_st*>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
+}
+
 XLA_FFI_DEFINE_HANDLER(kInitializeHandler, initialize_device,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
@@ -558,38 +559,20 @@ XLA_FFI_DEFINE_HANDLER(kInitializeHandler, initialize_device,
 
 // Command buffer compatible: they launch and do nothing else (no allocation, no query of the
 // stream), and the launches follow from the operands' shapes.
-XLA_FFI_DEFINE_HANDLER(kForwardHandler, execute_forward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs(),
+XLA_FFI_DEFINE_HANDLER(kForwardHandler, execute_forward, launching(),
                        {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER(kBackwardHandler, execute_backward,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs(),
+XLA_FFI_DEFINE_HANDLER(kBackwardHandler, execute_backward, launching(),
                        {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER(kStepHandler, execute_step,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs(),
+XLA_FFI_DEFINE_HANDLER(kStepHandler, execute_step, launching(),
                        {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER(kStepCheckingHandler, only_check_step,
-                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER(kStepCheckingHandler, only_check_step, checking());
 
-XLA_FFI_DEFINE_HANDLER(kForwardCheckingHandler, only_check_forward,
-                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER(kForwardCheckingHandler, only_check_forward, checking());
 
-XLA_FFI_DEFINE_HANDLER(kBackwardCheckingHandler, only_check_backward,
-                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER(kBackwardCheckingHandler, only_check_backward, checking());
 
 }  // namespace
 

@@ -33,6 +33,7 @@ enum class StageOrder : int32_t {
   kByShape = 0,  // as a cost model of the shape says
   kSerial = 1,
   kOverlapped = 2,  // but for rows that are cut into pieces
+  kWholeRows = 3,   // serial, and no row is cut: other bits where it would have been
 };
 
 struct ForwardParams {
@@ -53,6 +54,8 @@ struct ForwardParams {
   const int32_t* segment_ids;  // [B, T]             may be null: one segment a row
   void* o;                     // [B, T, HV, V]
   float* final_state;          // [B, N, HV, K, V]   may be null: not wanted
+  float* chunk_states;  // [B, T / 64, HV, K, V]     may be null: not wanted. The state after a
+                        // whole chunk, at the chunk's first token / 64; the others zero
   void* workspace;  // workspace_bytes(shape) bytes, uninitialised, 1024-byte aligned by the launch
                     // layer
 
@@ -70,7 +73,7 @@ struct ForwardParams {
 
 // The gradients of one forward call. Everything is recomputed from the forward's inputs.
 struct BackwardParams {
-  ForwardParams forward;  // o and final_state null, nonzero_beta set; workspace is that of
+  ForwardParams forward;  // without results, nonzero_beta set; workspace is that of
                           // backward_workspace(shape)
 
   const void* d_o;             // [B, T, HV, V]     type of v

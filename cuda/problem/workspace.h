@@ -118,7 +118,9 @@ inline StatePieces state_pieces(const ForwardShape& shape) {
 // Rows in pieces are not overlapped.
 inline StageOverlap stage_overlap(const ForwardShape& shape, const StatePieces& pieces,
                                   StageOrder order) {
-  if (order == StageOrder::kSerial || pieces.count > 1 || shape.B <= 0 || shape.T <= 0) return {};
+  if (order == StageOrder::kSerial || order == StageOrder::kWholeRows || pieces.count > 1 ||
+      shape.B <= 0 || shape.T <= 0)
+    return {};
   const StageTimes times(shape);
   const StageOverlap best = times.best_overlap();
   const bool faster = times.overlapped(best) < times.serial();
@@ -184,7 +186,7 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape,
     w.row_segments = layout.take(shape.B * 4);
     w.table_blocks = layout.take(kMostTableBlocks * static_cast<int64_t>(sizeof(TableBlock)));
   }
-  w.pieces = state_pieces(shape);
+  w.pieces = order == StageOrder::kWholeRows ? StatePieces{1, shape.T} : state_pieces(shape);
   if (w.pieces.count > 1)
     w.piece_maps = layout.take(shape.B * (w.pieces.count - 1) * shape.HV * 2 * kStateFloats * 4);
   // Whatever the order, so that the bytes follow from the shape.

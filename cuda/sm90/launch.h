@@ -28,6 +28,9 @@ Status launch_unused_states(const ForwardParams& params, const ForwardWorkspace&
 // Goes before everything else where workspace.overlap says that the stages overlap.
 Status clear_progress(const ForwardParams& params, const ForwardWorkspace& workspace,
                       CUstream_st* stream);
+// Goes before the other launches where chunk_states are wanted of rows with segment_ids, which may
+// leave some of them out.
+Status clear_chunk_states(const ForwardParams& params, CUstream_st* stream);
 // Where there are segment_ids, directly behind launch_segment_table.
 Status launch_chunk_prepare(const ForwardParams& params, const ForwardWorkspace& workspace,
                             CUstream_st* stream);

@@ -10,16 +10,13 @@
 #include <string>
 
 #include "backward_oracle.h"
-#include "cases.h"
+#include "launch.h"
 #include "problem/numerics.cuh"
-#include "problem/workspace.h"
 
 namespace {
 
 using namespace jax_flashkda;
 using oracle::Cotangents;
-
-bool poisoned = true;
 
 Cotangents make_cotangents(const Case& c) {
   std::mt19937 generator(11);
@@ -34,41 +31,23 @@ Cotangents make_cotangents(const Case& c) {
   return d;
 }
 
-// A gradient on the device, in the type of its operand.
-struct Gradient {
-  Gradient(const char* text, size_t elements, bool is_bf16)
-      : name(text), bf16(is_bf16), buffer(elements * (is_bf16 ? 2 : 4)) {}
-
-  std::vector<float> values() const {
-    if (!bf16) return buffer.download<float>();
-    std::vector<float> wide;
-    for (uint16_t bits : buffer.download<uint16_t>()) wide.push_back(bf16_value(bits));
-    return wide;
-  }
-  std::vector<uint8_t> bytes() const { return buffer.download<uint8_t>(); }
-
-  const char* name;
-  bool bf16;
-  DeviceBuffer buffer;
-};
-
 // A call on the device, and its gradients.
-struct Launch : Inputs {
+struct Launch : Inputs, Runs<Launch> {
   Launch(const Case& c, const Cotangents& d)
       : Inputs(c),
         d_o(upload_as(d.d_o, true)),
         d_final_state(upload_as(d.d_final_state, false)),
         workspace(backward_workspace_bytes(params.shape)) {
     const Call& x = c.call;
-    gradients.emplace_back("dq", x.q.size(), true);
-    gradients.emplace_back("dk", x.k.size(), true);
-    gradients.emplace_back("dv", x.v.size(), true);
-    gradients.emplace_back("dg", x.g.size(), c.g_bf16);
-    gradients.emplace_back("d_beta", x.beta.size(), c.beta_bf16);
-    gradients.emplace_back("dA_log", x.A_log.size(), false);
-    gradients.emplace_back("d_dt_bias", x.dt_bias.size(), false);
-    gradients.emplace_back("d_initial_state", x.initial_state.size(), false);
-    auto at = [&](size_t i) { return gradients[i].buffer.data(); };
+    outputs.emplace_back("dq", x.q.size(), true);
+    outputs.emplace_back("dk", x.k.size(), true);
+    outputs.emplace_back("dv", x.v.size(), true);
+    outputs.emplace_back("dg", x.g.size(), c.g_bf16);
+    outputs.emplace_back("d_beta", x.beta.size(), c.beta_bf16);
+    outputs.emplace_back("dA_log", x.A_log.size(), false);
+    outputs.emplace_back("d_dt_bias", x.dt_bias.size(), false);
+    outputs.emplace_back("d_initial_state", x.initial_state.size(), false);
+    auto at = [&](size_t i) { return outputs[i].buffer.data(); };
     call.forward = params;
     call.forward.workspace = workspace.data();
     call.d_o = d_o.data();
@@ -79,46 +58,19 @@ struct Launch : Inputs {
     call.d_initial_state = static_cast<float*>(at(7));
   }
 
-  void poison(int byte) {
-    if (poisoned) {
-      for (Gradient& gradient : gradients) gradient.buffer.fill(byte);
-      workspace.fill(byte);
-    }
-    workspace.set_canary();
-  }
-
-  bool enqueue(cudaStream_t stream) {
-    const Status status = backward(call, stream);
-    if (!status.ok()) std::printf("  %s\n", status.message.c_str());
-    return status.ok();
-  }
-
-  bool run(int byte) {
-    poison(byte);
-    const bool launched = enqueue(nullptr);
-    CHECK_CUDA(cudaDeviceSynchronize());
-    return workspace.intact() && launched;
-  }
-
-  std::vector<std::vector<uint8_t>> bits() const {
-    std::vector<std::vector<uint8_t>> all;
-    for (const Gradient& gradient : gradients) all.push_back(gradient.bytes());
-    return all;
-  }
+  bool enqueue(cudaStream_t stream) { return accepted(backward(call, stream)); }
 
   template <class T>
   std::vector<T> from_workspace(int64_t offset, int64_t count) const {
     std::vector<T> host(count);
-    const auto start = (reinterpret_cast<uintptr_t>(workspace.data()) + kWorkspaceAlignment - 1) /
-                       kWorkspaceAlignment * kWorkspaceAlignment;
     if (count > 0)
-      CHECK_CUDA(cudaMemcpy(host.data(), reinterpret_cast<char*>(start + offset), count * sizeof(T),
-                            cudaMemcpyDeviceToHost));
+      CHECK_CUDA(cudaMemcpy(host.data(), static_cast<char*>(workspace.aligned()) + offset,
+                            count * sizeof(T), cudaMemcpyDeviceToHost));
     return host;
   }
 
   DeviceBuffer d_o, d_final_state;
-  std::vector<Gradient> gradients;
+  std::vector<Output> outputs;
   Workspace workspace;
   BackwardParams call{};
 };
@@ -184,19 +136,14 @@ bool check(const Case& c) {
   judge("S", image_error(launch, w.states, truth.states, truth));
   judge("U", corrected_value_error(launch, w.corrected_values, c, truth));
   judge("dS", image_error(launch, w.state_gradients, truth.state_gradients, truth));
-  for (size_t i = 0; i < launch.gradients.size(); ++i) {
-    const std::vector<float> got = launch.gradients[i].values();
+  for (size_t i = 0; i < launch.outputs.size(); ++i) {
+    const std::vector<float> got = launch.outputs[i].values();
     if (!got.empty())
-      judge(launch.gradients[i].name,
+      judge(launch.outputs[i].name,
             relative_rms(truth_of(truth, i), [&](size_t at) { return double(got[at]); }),
             /*of_gate=*/i >= 3 && i <= 6);
   }
-  const auto first = launch.bits();
-  bool repeats = true;
-  for (int i = 0; i < 3; ++i) {
-    good &= launch.run(i == 0 ? 0x3C : 0xFF);
-    repeats &= launch.bits() == first;
-  }
+  const bool repeats = launch.repeats(good);
   std::printf("%s\n", repeats ? "" : "  NOT REPEATABLE");
   std::fflush(stdout);
   return good && accurate && repeats;
@@ -211,12 +158,12 @@ bool check_linear() {
     for (float& value : *x) value *= 2.0f;
   Launch twice(c, d);
   bool good = once.run(0xFF) && twice.run(0xFF);
-  for (size_t i = 0; i < once.gradients.size(); ++i) {
-    const auto a = once.gradients[i].values(), b = twice.gradients[i].values();
+  for (size_t i = 0; i < once.outputs.size(); ++i) {
+    const auto a = once.outputs[i].values(), b = twice.outputs[i].values();
     for (size_t at = 0; at < a.size(); ++at)
       if (2.0f * a[at] != b[at]) {
-        std::printf("  %s[%zu] is %g, and with twice the cotangents %g\n", once.gradients[i].name,
-                    at, a[at], b[at]);
+        std::printf("  %s[%zu] is %g, and with twice the cotangents %g\n", once.outputs[i].name, at,
+                    a[at], b[at]);
         good = false;
         break;
       }
@@ -244,42 +191,21 @@ bool check_packing(int64_t HV) {
   bool good = true;
   for (size_t n = 0; n < segments.size(); ++n) {
     const auto [first, length] = segments[n];
-    Case alone = packed, poisoned_case = packed;
-    Cotangents own = d, poisoned_d = d;
-    auto cut = [&, first = first, length = length](std::vector<float>& x, int64_t row) {
-      x = std::vector<float>(x.begin() + first * row, x.begin() + (first + length) * row);
-    };
-    auto spoil = [&, first = first, length = length](std::vector<float>& x, int64_t row) {
-      std::fill_n(x.begin(), first * row, NAN);
-      std::fill(x.begin() + (first + length) * row, x.end(), NAN);
-    };
-    auto tokens = [](Case& c) {
-      Call& x = c.call;
-      return std::vector<std::vector<float>*>{&x.q, &x.k, &x.v, &x.g, &x.beta};
-    };
-    for (int i = 0; i < 5; ++i) {
-      cut(*tokens(alone)[i], rows[i]);
-      spoil(*tokens(poisoned_case)[i], rows[i]);
-    }
-    cut(own.d_o, HV * 128), spoil(poisoned_d.d_o, HV * 128);
-    alone.call.T = length, alone.call.N = 1;
-    alone.call.has_segment_ids = alone.call.has_padding_segment_id = false;
-    alone.call.segment_ids.clear();
-    for (auto [x, y] : {std::pair{&alone.call.initial_state, &poisoned_case.call.initial_state},
-                        {&own.d_final_state, &poisoned_d.d_final_state}}) {
-      *x = std::vector<float>(x->begin() + n * state, x->begin() + (n + 1) * state);
-      std::fill_n(y->begin(), n * state, NAN);
-      std::fill(y->begin() + (n + 1) * state, y->end(), NAN);
-    }
-    Launch a(packed, d), b(alone, own), c(poisoned_case, poisoned_d);
+    Cotangents own = d, spoiled = d;
+    cut_tokens(own.d_o, HV * 128, first, length);
+    cut_tokens(own.d_final_state, state, n, 1);
+    spoil_other_tokens(spoiled.d_o, HV * 128, first, length);
+    spoil_other_tokens(spoiled.d_final_state, state, n, 1);
+    Launch a(packed, d), b(cut_out(packed, first, length, n), own),
+        c(spoil_around(packed, first, length, n), spoiled);
     good &= a.run(0xFF) && b.run(0xFF) && c.run(0xFF);
     auto same = [&, n, length = length](size_t i, int64_t row_bytes, int64_t from) {
-      const auto expected = b.gradients[i].bytes();
+      const auto expected = b.outputs[i].bytes();
       for (const Launch* other : {&a, &c}) {
-        const auto got = other->gradients[i].bytes();
+        const auto got = other->outputs[i].bytes();
         if (std::equal(expected.begin(), expected.end(), got.begin() + from * row_bytes)) continue;
         std::printf("  %s of segment %zu of length %ld differs from itself alone%s\n",
-                    b.gradients[i].name, n, length, other == &c ? ", beside NaN" : "");
+                    b.outputs[i].name, n, length, other == &c ? ", beside NaN" : "");
         good = false;
       }
     };
@@ -287,12 +213,12 @@ bool check_packing(int64_t HV) {
     same(7, state * 4, int64_t(n));
     // Padding gets zeros, whatever it holds.
     for (size_t i = 0; i < 5; ++i) {
-      const auto got = c.gradients[i].values();
+      const auto got = c.outputs[i].values();
       int64_t t = 0;
       for (const auto& [id, run] : layout) {
         if (id <= 0 && std::any_of(got.begin() + t * rows[i], got.begin() + (t + run) * rows[i],
                                    [](float x) { return x != 0.0f; })) {
-          std::printf("  %s of padding is not zero\n", c.gradients[i].name);
+          std::printf("  %s of padding is not zero\n", c.outputs[i].name);
           good = false;
         }
         t += run;
@@ -316,25 +242,9 @@ bool check_zero_beta() {
 bool check_streams(int rounds) {
   const Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
   const Cotangents d = make_cotangents(c);
-  constexpr int kStreams = 4;
   std::vector<Launch> launches;
-  std::vector<cudaStream_t> streams(kStreams);
-  for (auto& stream : streams) {
-    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    launches.emplace_back(c, d);
-    launches.back().poison(0xFF);
-  }
-  CHECK_CUDA(cudaDeviceSynchronize());
-  Launch reference(c, d);
-  bool good = reference.run(0xFF);
-  const auto expected = reference.bits();
-  for (int round = 0; round < rounds; ++round) {
-    for (int i = 0; i < kStreams; ++i) good &= launches[i].enqueue(streams[i]);
-    if (round % 50 != 49 && round != rounds - 1) continue;
-    CHECK_CUDA(cudaDeviceSynchronize());
-    for (auto& launch : launches) good &= launch.bits() == expected;
-  }
-  for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
+  for (int i = 0; i < 4; ++i) launches.emplace_back(c, d);
+  const bool good = equal_on_streams(std::move(launches), Launch(c, d), rounds, 50);
   std::printf("%-44s %s\n", ("four streams, " + std::to_string(rounds) + " rounds").c_str(),
               good ? "equal bits" : "FAILED");
   return good;
@@ -343,21 +253,18 @@ bool check_streams(int rounds) {
 bool check_refusals() {
   const Case c = make_case("refusals", shape(1, 10, 1, 1));
   Launch launch(c, make_cotangents(c));
-  auto refused = [&](auto change, const char* word) {
+  auto refused_after = [&](auto change, const char* word) {
     BackwardParams params = launch.call;
     change(params);
-    const Status status = backward(params, nullptr);
-    const bool told = !status.ok() && status.message.find(word) != std::string::npos;
-    if (!told)
-      std::printf("  expected a refusal that names %s, got '%s'\n", word, status.message.c_str());
-    return told;
+    return refused(backward(params, nullptr), word);
   };
   bool good = true;
-  good &= refused([](BackwardParams& p) { p.forward.shape.K = 64; }, "K = 64");
-  good &= refused([](BackwardParams& p) { p.dq = nullptr; }, "dq is missing");
-  good &= refused([](BackwardParams& p) { p.d_o = static_cast<const char*>(p.d_o) + 2; },
-                  "d_o is not aligned");
-  good &= refused([](BackwardParams& p) { p.d_dt_bias = static_cast<float*>(p.dq); }, "d_dt_bias");
+  good &= refused_after([](BackwardParams& p) { p.forward.shape.K = 64; }, "K = 64");
+  good &= refused_after([](BackwardParams& p) { p.dq = nullptr; }, "dq is missing");
+  good &= refused_after([](BackwardParams& p) { p.d_o = static_cast<const char*>(p.d_o) + 2; },
+                        "d_o is not aligned");
+  good &= refused_after([](BackwardParams& p) { p.d_dt_bias = static_cast<float*>(p.dq); },
+                        "d_dt_bias");
   good &= launch.run(0xFF);  // the next valid call works
   std::printf("%-44s %s\n", "refusals", good ? "told" : "FAILED");
   return good;
@@ -377,8 +284,7 @@ int main(int argc, char** argv) {
     std::printf("%s\n", status.message.c_str());
     return 1;
   }
-  int failures = 0, count = 0;
-  auto tally = [&](bool good) { ++count, failures += good ? 0 : 1; };
+  Tally tally;
   for (const Case& c : cases(quick)) tally(check(c));
   tally(check_zero_beta());
   tally(check_linear());
@@ -386,6 +292,5 @@ int main(int argc, char** argv) {
   if (!quick) tally(check_packing(70));
   tally(check_streams(quick ? 3 : 200));
   tally(check_refusals());
-  std::printf("%d of %d passed\n", count - failures, count);
-  return failures == 0 ? 0 : 1;
+  return tally.exit_status();
 }

@@ -1,5 +1,4 @@
-// The calls that the native tests make: shapes, key and gate regimes, segments; and their operands
-// on the device.
+// The calls that the native tests make: shapes, key and gate regimes, segments.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +19,7 @@ struct Case {
   std::string name;
   Call call;
   bool g_bf16 = true, beta_bf16 = true;
-  bool want_final = true;
+  bool want_final = true, want_chunk_states = false;
   double limit = 0.007;           // relative RMS over the whole tensor
   double gradient_limit = 0.008;  // the same of a gradient
   double gate_limit = 0.015;      // the same of the gradients of g, beta, A_log and dt_bias
@@ -28,7 +27,17 @@ struct Case {
 
 struct Regime {
   enum Keys { kRandom, kIdentical, kNear, kZero } keys = kRandom;
-  enum Gates { kSlow, kFast, kBound, kNone, kReset, kOneAlive } gates = kSlow;
+  enum Gates {
+    kSlow,
+    kFast,
+    kBound,
+    kNone,
+    kReset,
+    kOneAlive,
+    kFifty,
+    kDead,
+    kMixed  // each channel of its own kind, some tokens far from others
+  } gates = kSlow;
 };
 
 inline Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t seed = 1) {
@@ -73,6 +82,12 @@ inline Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t
         return -5.0f;
       case Regime::kReset:
         return uniform(generator) < 0.02f ? -1000.0f : -0.1f * uniform(generator);
+      case Regime::kFifty:
+        return -50.0f;
+      case Regime::kDead:
+        return -1000.0f;
+      case Regime::kMixed:
+        return uniform(generator) < 0.2f ? -40.0f * uniform(generator) : -0.02f;
       default:
         return 0.0f;
     }
@@ -91,12 +106,14 @@ inline Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t
   return c;
 }
 
+// Relative to the truth, or to `squares` of sizes.
 inline double relative_rms(const std::vector<double>& truth,
-                           const std::function<double(size_t)>& got) {
+                           const std::function<double(size_t)>& got,
+                           const std::vector<double>* squares = nullptr) {
   double error = 0.0, size = 0.0;
   for (size_t i = 0; i < truth.size(); ++i) {
     error += (got(i) - truth[i]) * (got(i) - truth[i]);
-    size += truth[i] * truth[i];
+    size += squares != nullptr ? (*squares)[i] : truth[i] * truth[i];
   }
   if (std::isnan(error)) return error;
   return size > 0.0 ? std::sqrt(error / size) : std::sqrt(error);
@@ -106,12 +123,6 @@ inline float bf16_value(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
   std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-inline float f32_value(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
   return value;
 }
 
@@ -151,6 +162,51 @@ inline Case packed_case(std::string name, int64_t B, int64_t HV, int64_t N,
   packed.call.segment_ids = std::move(ids);
   if (states) add_initial_state(packed);
   return packed;
+}
+
+// Tokens start .. start + length - 1 of rows [T, ..] of `row` floats, and NaN in all others.
+inline void cut_tokens(std::vector<float>& x, int64_t row, int64_t start, int64_t length) {
+  x = std::vector<float>(x.begin() + start * row, x.begin() + (start + length) * row);
+}
+inline void spoil_other_tokens(std::vector<float>& x, int64_t row, int64_t start, int64_t length) {
+  std::fill_n(x.begin(), start * row, NAN);
+  std::fill(x.begin() + (start + length) * row, x.end(), NAN);
+}
+
+// What a call has of every token, with the floats of one.
+inline std::vector<std::pair<std::vector<float>*, int64_t>> token_rows(Call& x) {
+  return {{&x.q, x.H * Call::K},
+          {&x.k, x.H * Call::K},
+          {&x.v, x.HV * Call::V},
+          {&x.g, x.HV * Call::K},
+          {&x.beta, x.HV}};
+}
+
+// A segment of the one row of a call, or its first tokens, alone. `slot`: its state's.
+inline Case cut_out(const Case& packed, int64_t start, int64_t length, int64_t slot) {
+  Case alone = packed;
+  Call& x = alone.call;
+  for (auto [rows, row] : token_rows(x)) cut_tokens(*rows, row, start, length);
+  x.T = length;
+  if (!x.initial_state.empty()) {
+    if (slot < x.N)
+      cut_tokens(x.initial_state, x.HV * Call::K * Call::V, slot, 1);
+    else
+      x.initial_state.clear();
+  }
+  x.N = 1;
+  x.has_segment_ids = x.has_padding_segment_id = false;
+  x.segment_ids.clear();
+  return alone;
+}
+
+// The call with NaN in all that does not belong to the segment.
+inline Case spoil_around(const Case& packed, int64_t start, int64_t length, int64_t slot) {
+  Case spoiled = packed;
+  Call& x = spoiled.call;
+  for (auto [rows, row] : token_rows(x)) spoil_other_tokens(*rows, row, start, length);
+  spoil_other_tokens(x.initial_state, x.HV * Call::K * Call::V, slot, 1);
+  return spoiled;
 }
 
 inline std::vector<Case> cases(bool quick) {
@@ -259,69 +315,3 @@ inline std::vector<Case> cases(bool quick) {
   list.push_back(make_case("B 5, GVA 8 / 16", raw_shape(G::kSoftplus, 5, 333, 8, 16)));
   return list;
 }
-
-// The operands of a call on the device, and its parameters but for results and workspace.
-struct Inputs {
-  explicit Inputs(const Case& c)
-      : q(upload_as(c.call.q, true)),
-        k(upload_as(c.call.k, true)),
-        v(upload_as(c.call.v, true)),
-        g(upload_as(c.call.g, c.g_bf16)),
-        beta(upload_as(c.call.beta, c.beta_bf16)),
-        A_log(upload_as(c.call.A_log, false)),
-        dt_bias(upload_as(c.call.dt_bias, false)),
-        initial_state(upload_as(c.call.initial_state, false)),
-        segment_ids(c.call.segment_ids.size() * 4) {
-    segment_ids.upload(c.call.segment_ids);
-    const Call& x = c.call;
-    params.shape = {x.B, x.T, x.H, x.HV, Call::K, Call::V, x.N, x.has_segment_ids};
-    params.qkv_dtype = jax_flashkda::DType::kBF16;
-    params.g_dtype = c.g_bf16 ? jax_flashkda::DType::kBF16 : jax_flashkda::DType::kF32;
-    params.beta_dtype = c.beta_bf16 ? jax_flashkda::DType::kBF16 : jax_flashkda::DType::kF32;
-    params.q = q.data();
-    params.k = k.data();
-    params.v = v.data();
-    params.g = g.data();
-    params.beta = beta.data();
-    params.A_log = static_cast<float*>(A_log.data());
-    params.dt_bias = static_cast<float*>(dt_bias.data());
-    params.initial_state = static_cast<float*>(initial_state.data());
-    params.segment_ids = static_cast<int32_t*>(segment_ids.data());
-    params.gate = static_cast<jax_flashkda::Gate>(x.gate);
-    params.gate_lower_bound = static_cast<float>(x.gate_lower_bound);
-    params.beta_is_logits = x.beta_is_logits;
-    params.allow_neg_eigval = x.allow_neg_eigval;
-    params.qk_l2norm = x.qk_l2norm;
-    params.scale = static_cast<float>(x.scale);
-    params.has_padding_segment_id = x.has_padding_segment_id;
-    params.padding_segment_id = x.padding_segment_id;
-  }
-
-  DeviceBuffer q, k, v, g, beta, A_log, dt_bias, initial_state, segment_ids;
-  jax_flashkda::ForwardParams params{};
-};
-
-// Scratch memory with a canary behind it.
-struct Workspace {
-  static constexpr size_t kCanaryBytes = 4096;
-  static constexpr unsigned char kCanary = 0xA5;
-
-  explicit Workspace(int64_t size) : bytes(size), buffer(size + kCanaryBytes) {}
-  void* data() const { return buffer.data(); }
-  void fill(int byte) { CHECK_CUDA(cudaMemset(buffer.data(), byte, bytes)); }
-  void set_canary() {
-    CHECK_CUDA(cudaMemset(static_cast<char*>(buffer.data()) + bytes, kCanary, kCanaryBytes));
-  }
-  bool intact() const {
-    std::vector<unsigned char> tail(kCanaryBytes);
-    CHECK_CUDA(cudaMemcpy(tail.data(), static_cast<char*>(buffer.data()) + bytes, kCanaryBytes,
-                          cudaMemcpyDeviceToHost));
-    const bool same =
-        std::all_of(tail.begin(), tail.end(), [](unsigned char b) { return b == kCanary; });
-    if (!same) std::printf("  the canary behind the workspace was overwritten\n");
-    return same;
-  }
-
-  int64_t bytes;
-  DeviceBuffer buffer;
-};

@@ -9,76 +9,53 @@
 #include <random>
 #include <string>
 
-#include "cases.h"
+#include "launch.h"
 
 namespace {
 
 using namespace jax_flashkda;
 
-bool poisoned = true;
-
 // A call on the device, and its results.
-struct Launch : Inputs {
-  explicit Launch(const Case& c)
-      : Inputs(c),
-        o(c.call.v.size() * 2),
-        final_state(c.want_final ? c.call.B * c.call.N * c.call.HV * Call::K * Call::V * 4 : 0),
-        workspace(forward_workspace_bytes(params.shape)) {
-    params.o = o.data();
-    params.final_state = static_cast<float*>(final_state.data());
+struct Launch : Inputs, Runs<Launch> {
+  explicit Launch(const Case& c) : Inputs(c), workspace(forward_workspace_bytes(params.shape)) {
+    const Call& x = c.call;
+    outputs.emplace_back("o", x.v.size(), true);
+    outputs.emplace_back("state", c.want_final ? x.B * x.N * x.HV * kStateFloats : 0, false);
+    outputs.emplace_back("chunk states",
+                         c.want_chunk_states ? x.B * (x.T / kChunk) * x.HV * kStateFloats : 0,
+                         false);
+    params.o = outputs[0].buffer.data();
+    params.final_state = static_cast<float*>(outputs[1].buffer.data());
+    params.chunk_states = static_cast<float*>(outputs[2].buffer.data());
     params.workspace = workspace.data();
   }
 
-  void poison(int byte) {
-    if (poisoned) {
-      o.fill(byte);
-      final_state.fill(byte);
-      workspace.fill(byte);
-    }
-    workspace.set_canary();
-  }
+  bool enqueue(cudaStream_t stream) { return accepted(forward(params, stream)); }
 
-  bool enqueue(cudaStream_t stream) {
-    const Status status = forward(params, stream);
-    if (!status.ok()) std::printf("  %s\n", status.message.c_str());
-    return status.ok();
-  }
+  std::vector<uint16_t> output_bits() const { return outputs[0].buffer.download<uint16_t>(); }
+  std::vector<uint32_t> state_bits() const { return outputs[1].buffer.download<uint32_t>(); }
+  std::vector<uint32_t> chunk_state_bits() const { return outputs[2].buffer.download<uint32_t>(); }
 
-  bool run(int byte) {
-    poison(byte);
-    const bool launched = enqueue(nullptr);
-    CHECK_CUDA(cudaDeviceSynchronize());
-    return workspace.intact() && launched;
-  }
-
-  std::vector<uint16_t> output_bits() const { return o.download<uint16_t>(); }
-  std::vector<uint32_t> state_bits() const { return final_state.download<uint32_t>(); }
-
-  DeviceBuffer o, final_state;
+  std::vector<Output> outputs;
   Workspace workspace;
 };
 
 bool check(const Case& c) {
   Launch launch(c);
   bool good = launch.run(0xFF);  // NaN in every type
-  const auto o = launch.output_bits();
-  const auto state = launch.state_bits();
+  const auto first = launch.bits();
   const oracle::Result truth = oracle::forward(c.call);
-  const double o_error = relative_rms(truth.o, [&](size_t i) { return double(bf16_value(o[i])); });
-  const double state_error =
-      c.want_final
-          ? relative_rms(truth.final_state, [&](size_t i) { return double(f32_value(state[i])); })
-          : 0.0;
+  auto error_of = [&](int output, const std::vector<double>& expected) {
+    const std::vector<float> got = launch.outputs[output].values();
+    return got.empty() ? 0.0 : relative_rms(expected, [&](size_t i) { return double(got[i]); });
+  };
+  const double o_error = error_of(0, truth.o), state_error = error_of(1, truth.final_state);
   const bool accurate = o_error <= c.limit && state_error <= c.limit;  // false for NaN
-  bool repeats = true;
-  for (int i = 0; i < 3; ++i) {
-    good &= launch.run(i == 0 ? 0x3C : 0xFF);
-    repeats &= launch.output_bits() == o && launch.state_bits() == state;
-  }
+  bool repeats = launch.repeats(good);
   for (StageOrder order : {StageOrder::kSerial, StageOrder::kOverlapped}) {
     launch.params.stage_order = order;
     good &= launch.run(0xFF);
-    repeats &= launch.output_bits() == o && launch.state_bits() == state;
+    repeats &= launch.bits() == first;
   }
   std::printf("%-44s o %.2e  state %.2e  (limit %.3f)%s%s\n", c.name.c_str(), o_error, state_error,
               c.limit, accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
@@ -92,36 +69,13 @@ bool check_packing(int64_t HV) {
   const std::vector<int64_t> lengths = {70, 1, 200, 64, 129};
   std::vector<std::pair<int32_t, int64_t>> runs;
   for (size_t i = 0; i < lengths.size(); ++i) runs.push_back({int32_t(i + 1), lengths[i]});
-  Case packed = packed_case("packed", 1, HV, int64_t(lengths.size()), ids_from_lengths(runs));
+  const Case packed = packed_case("packed", 1, HV, int64_t(lengths.size()), ids_from_lengths(runs));
   bool good = true;
   int64_t start = 0;
   for (size_t n = 0; n < lengths.size(); start += lengths[n++]) {
-    Case alone = packed;
     const int64_t state = HV * Call::K * Call::V;
-    auto cut = [&](std::vector<float>& x, int64_t row) {
-      x = std::vector<float>(x.begin() + start * row, x.begin() + (start + lengths[n]) * row);
-    };
-    cut(alone.call.q, HV * 128), cut(alone.call.k, HV * 128), cut(alone.call.v, HV * 128),
-        cut(alone.call.g, HV * 128), cut(alone.call.beta, HV);
-    alone.call.T = lengths[n];
-    alone.call.N = 1;
-    alone.call.has_segment_ids = alone.call.has_padding_segment_id = false;
-    alone.call.segment_ids.clear();
-    auto& initial = alone.call.initial_state;
-    initial = std::vector<float>(initial.begin() + n * state, initial.begin() + (n + 1) * state);
-    Case poisoned = packed;
-    for (int64_t t = 0; t < packed.call.T; ++t) {
-      if (t >= start && t < start + lengths[n]) continue;
-      for (auto [x, row] : {std::pair{&poisoned.call.q, HV * 128},
-                            {&poisoned.call.k, HV * 128},
-                            {&poisoned.call.v, HV * 128},
-                            {&poisoned.call.g, HV * 128},
-                            {&poisoned.call.beta, HV}})
-        std::fill_n(x->begin() + t * row, row, NAN);
-    }
-    for (size_t m = 0; m < lengths.size(); ++m)
-      if (m != n) std::fill_n(poisoned.call.initial_state.begin() + m * state, state, NAN);
-    Launch a(packed), b(alone), c(poisoned);
+    Launch a(packed), b(cut_out(packed, start, lengths[n], n)),
+        c(spoil_around(packed, start, lengths[n], n));
     good &= a.run(0xFF) && b.run(0xFF) && c.run(0xFF);
     const auto ao = a.output_bits(), bo = b.output_bits(), co = c.output_bits();
     const auto as = a.state_bits(), bs = b.state_bits(), cs = c.state_bits();
@@ -140,30 +94,73 @@ bool check_packing(int64_t HV) {
   return good;
 }
 
+// The states after every 64 tokens of a segment against the final states of calls that end there,
+// zeros between them: equal bits; and they change no bit of the other results.
+bool check_chunk_states(int64_t HV) {
+  const std::vector<std::pair<int32_t, int64_t>> layout = {{1, 150}, {2, 64}, {0, 20}, {3, 63},
+                                                           {4, 193}, {0, 3},  {5, 70}};
+  const Case plain = packed_case("", 1, HV, 4, ids_from_lengths(layout));  // the fifth has no slot
+  Case c = plain;
+  c.want_chunk_states = true;
+  const size_t state = HV * Call::K * Call::V;
+  std::vector<uint32_t> expected(c.call.T / kChunk * state, 0);
+  bool good = true;
+  int64_t start = 0, slot = 0;
+  for (const auto& [id, length] : layout) {
+    for (int64_t end = kChunk; id > 0 && end <= length; end += kChunk) {
+      Launch alone(cut_out(plain, start, end, slot));
+      good &= alone.run(0xFF);
+      const auto bits = alone.state_bits();
+      std::copy(bits.begin(), bits.end(), expected.begin() + ((start + end) / kChunk - 1) * state);
+    }
+    start += length, slot += id > 0;
+  }
+  Launch without(plain), with(c);
+  good &= without.run(0xFF);
+  for (int byte : {0xFF, 0x3C})
+    good &= with.run(byte) && with.chunk_state_bits() == expected &&
+            with.output_bits() == without.output_bits() &&
+            with.state_bits() == without.state_bits();
+  std::printf("%-44s %s\n", ("states inside rows, H " + std::to_string(HV)).c_str(),
+              good ? "equal bits" : "FAILED");
+  return good;
+}
+
+// A row that would be cut into pieces goes on from a state inside it: equal bits where both calls
+// ask for such states.
+bool check_continued() {
+  Case c = make_case("", raw_shape(oracle::Gate::kSoftplus, 1, 4133, 1, 2));
+  add_initial_state(c);
+  c.want_chunk_states = true;
+  Launch whole(c);
+  bool good = state_pieces(whole.params.shape).count > 1 && whole.run(0xFF);
+  const std::vector<float> states = whole.outputs[2].values();
+  const int64_t state = 2 * Call::K * Call::V;
+  for (int64_t cut : {64, 2048}) {
+    Case rest = cut_out(c, cut, c.call.T - cut, 0);
+    const auto from = states.begin() + (cut / kChunk - 1) * state;
+    rest.call.initial_state = std::vector<float>(from, from + state);
+    Launch tail(rest);
+    good &= tail.run(0xFF) && tail.state_bits() == whole.state_bits();
+    const auto a = tail.output_bits(), b = whole.output_bits();
+    good &= std::equal(a.begin(), a.end(), b.end() - a.size());
+    const auto x = tail.chunk_state_bits(), y = whole.chunk_state_bits();
+    good &= std::equal(x.begin(), x.end(), y.end() - x.size());
+  }
+  std::printf("%-44s %s\n", "continued from a state inside", good ? "equal bits" : "FAILED");
+  return good;
+}
+
 // Calls on four streams at once: the stages of a call overlap, in fewer places than they would have
 // alone.
 bool check_streams(int rounds, StageOrder order) {
-  Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
-  constexpr int kStreams = 4;
+  const Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
   std::vector<Launch> launches;
-  std::vector<cudaStream_t> streams(kStreams);
-  for (auto& stream : streams) {
-    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  for (int i = 0; i < 4; ++i) {
     launches.emplace_back(c);
     launches.back().params.stage_order = order;
-    launches.back().poison(0xFF);
   }
-  CHECK_CUDA(cudaDeviceSynchronize());
-  Launch reference(c);
-  bool good = reference.run(0xFF);
-  const auto o = reference.output_bits();
-  for (int round = 0; round < rounds; ++round) {
-    for (int i = 0; i < kStreams; ++i) good &= launches[i].enqueue(streams[i]);
-    if (round % 100 != 99 && round != rounds - 1) continue;
-    CHECK_CUDA(cudaDeviceSynchronize());
-    for (auto& launch : launches) good &= launch.output_bits() == o;
-  }
-  for (auto& stream : streams) CHECK_CUDA(cudaStreamDestroy(stream));
+  const bool good = equal_on_streams(std::move(launches), Launch(c), rounds, 100);
   std::printf("%-44s %s\n",
               ("four streams, " + std::to_string(rounds) + " rounds" +
                (order == StageOrder::kOverlapped ? ", overlapped" : ""))
@@ -306,23 +303,19 @@ bool check_many_pairs() {
 bool check_refusals() {
   Case c = make_case("refusals", shape(1, 10, 1, 1));
   Launch launch(c);
-  auto refused = [&](auto change, const char* word) {
+  auto refused_after = [&](auto change, const char* word) {
     ForwardParams params = launch.params;
     change(params);
-    const Status status = forward(params, nullptr);
-    const bool told = !status.ok() && status.message.find(word) != std::string::npos;
-    if (!told)
-      std::printf("  expected a refusal that names %s, got '%s'\n", word, status.message.c_str());
-    return told;
+    return refused(forward(params, nullptr), word);
   };
   bool good = true;
-  good &= refused([](ForwardParams& p) { p.shape.HV = 3, p.shape.H = 2; }, "HV");
-  good &= refused([](ForwardParams& p) { p.shape.K = 64; }, "K = 64");
-  good &= refused([](ForwardParams& p) { p.q = static_cast<const char*>(p.q) + 2; },
-                  "q is not aligned");
-  good &= refused([](ForwardParams& p) { p.gate = Gate::kBounded, p.gate_lower_bound = -6; },
-                  "gate_lower_bound");
-  good &= refused([](ForwardParams& p) { p.gate = Gate::kSoftplus; }, "A_log");
+  good &= refused_after([](ForwardParams& p) { p.shape.HV = 3, p.shape.H = 2; }, "HV");
+  good &= refused_after([](ForwardParams& p) { p.shape.K = 64; }, "K = 64");
+  good &= refused_after([](ForwardParams& p) { p.q = static_cast<const char*>(p.q) + 2; },
+                        "q is not aligned");
+  good &= refused_after([](ForwardParams& p) { p.gate = Gate::kBounded, p.gate_lower_bound = -6; },
+                        "gate_lower_bound");
+  good &= refused_after([](ForwardParams& p) { p.gate = Gate::kSoftplus; }, "A_log");
   good &= launch.run(0xFF);  // the next valid call works
   std::printf("%-44s %s\n", "refusals", good ? "told" : "FAILED");
   return good;
@@ -343,8 +336,7 @@ int main(int argc, char** argv) {
     std::printf("%s\n", status.message.c_str());
     return 1;
   }
-  int failures = 0, count = 0;
-  auto tally = [&](bool good) { ++count, failures += good ? 0 : 1; };
+  Tally tally;
   if (large) {
     tally(check_large_offsets());
     tally(check_many_pairs());
@@ -352,11 +344,13 @@ int main(int argc, char** argv) {
     for (const Case& c : cases(quick)) tally(check(c));
     tally(check_packing(2));
     if (!quick) tally(check_packing(70));
+    tally(check_chunk_states(2));
+    if (!quick) tally(check_chunk_states(70));
+    tally(check_continued());
     for (StageOrder order : {StageOrder::kByShape, StageOrder::kOverlapped})
       tally(check_streams(quick ? 3 : 1000, order));
     tally(check_graph(quick ? 3 : 100));
     tally(check_refusals());
   }
-  std::printf("%d of %d passed\n", count - failures, count);
-  return failures == 0 ? 0 : 1;
+  return tally.exit_status();
 }

@@ -6,9 +6,9 @@
 
 namespace oracle {
 
-struct GradientCall {
-  Call call;                       // v and initial_state too; o's cotangent and the rest below
-  std::vector<float> d_o, d_r, u;  // [B, T, HV, V]
+// What the stage reads beside the call.
+struct ScanResults {
+  std::vector<float> d_o, d_r, u;              // [B, T, HV, V]
   std::vector<float> states, state_gradients;  // [B, HV, boundary slots, V, K]
   std::vector<float> d_final_state;            // [B, N, HV, K, V] or empty: zero
 };
@@ -50,10 +50,9 @@ inline std::vector<ChunkRange> chunks_of(const Call& c) {
   return chunks;
 }
 
-inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64_t h,
+inline void chunk_gradient(const Call& c, const ScanResults& x, const ChunkRange& chunk, int64_t h,
                            Gradients& out) {
   constexpr int64_t K = Call::K, V = Call::V;
-  const Call& c = x.call;
   const int64_t L = chunk.length, slots = (c.T + 63) / 64, row_head = chunk.row * c.HV + h;
   auto matrix = [](int64_t rows, int64_t columns) {
     return std::vector<double>(rows * columns, 0.0);
@@ -91,6 +90,20 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       G[i * K + n] = (i > 0 ? G[(i - 1) * K + n] : 0.0) + std::max(decay[i * K + n], -110.0);
     }
   }
+  // The only token of a chunk gets d_beta of the recurrence itself, not of dR and U.
+  auto single_d_beta = [&] {
+    double qk = 0.0, sum = 0.0;
+    for (int64_t n = 0; n < K; ++n) qk += q[n] * k[n];
+    for (int64_t v = 0; v < V; ++v) {
+      double residual = c.v[v_at(0) + v], du = c.scale * qk * x.d_o[v_at(0) + v];
+      for (int64_t n = 0; n < K; ++n) {
+        residual -= k[n] * std::exp(G[n]) * S[v * K + n];
+        du += k[n] * dS[v * K + n];
+      }
+      sum += residual * du;
+    }
+    return sum;
+  };
   auto dA = matrix(L, L), dL = matrix(L, L);
   for (int64_t i = 0; i < L; ++i)
     for (int64_t j = 0; j <= i; ++j)
@@ -162,6 +175,7 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       k_dot += k[i * K + n] * dk[i * K + n];
       d_beta += double(x.d_r[v_at(i) + n]) * x.u[v_at(i) + n];
     }
+    if (L == 1) d_beta = single_d_beta();
     if (!c.qk_l2norm) q_dot = k_dot = 0.0;
     for (int64_t n = 0; n < K; ++n) {
       out.dq[qk_at(i) + n] += fq[i] * (dq[i * K + n] - q[i * K + n] * q_dot);
@@ -175,12 +189,11 @@ inline void chunk_gradient(const GradientCall& x, const ChunkRange& chunk, int64
       slope = top * s * (1.0 - s);
     }
     if (std::fabs(beta) < 0x1p-60) beta = std::copysign(0x1p-60, beta);
-    out.d_beta[at] = d_beta / (beta * beta) * slope;
+    out.d_beta[at] = (L > 1 ? d_beta / (beta * beta) : d_beta) * slope;
   }
 }
 
-inline Gradients gradients(const GradientCall& x) {
-  const Call& c = x.call;
+inline Gradients gradients(const Call& c, const ScanResults& x) {
   Gradients out;
   out.dq.assign(c.B * c.T * c.H * Call::K, 0.0);
   out.dk = out.dq;
@@ -199,7 +212,7 @@ inline Gradients gradients(const GradientCall& x) {
       for (int64_t h = worker; h < c.H; h += workers)
         for (int64_t head = h * group; head < (h + 1) * group; ++head)
           for (const ChunkRange& chunk : chunks)
-            if (chunk.segment >= 0) chunk_gradient(x, chunk, head, out);
+            if (chunk.segment >= 0) chunk_gradient(c, x, chunk, head, out);
     });
   for (auto& thread : threads) thread.join();
   return out;

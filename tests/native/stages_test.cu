@@ -11,7 +11,7 @@
 #include <cmath>
 #include <string>
 
-#include "cases.h"
+#include "launch.h"
 #include "problem/numerics.cuh"
 #include "problem/workspace.h"
 #include "sm90/launch.h"

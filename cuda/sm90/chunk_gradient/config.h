@@ -1,6 +1,8 @@
 // Tile, threads and shared memory of the gradient stage.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstddef>
 
 #include "problem/params.h"
@@ -60,6 +62,14 @@ struct Scratch {
   float4 decays[Config::kWarps][Config::kGroups][2][32];
 };
 
+// What find_single_beta_gradient needs of a chunk's only token, not normalised.
+struct SingleToken {
+  float key[Config::kHeadDim], decayed_key[Config::kHeadDim];
+  float3 dots[4];                           // q q, k k, q k over 32 channels
+  float2 projections[4][Config::kHeadDim];  // k exp(g) S and k dS' over 32 channels
+  float d_beta[4];                          // over 32 columns of V
+};
+
 // The two warps of the same channels meet at barriers kPairBarrier + channel warp.
 inline constexpr int kPairBarrier = 1;
 
@@ -86,6 +96,7 @@ struct Shared {
   alignas(128) uint8_t g[kChunk * Config::kHeadDim * (kGateType == DType::kBF16 ? 2 : 4)];
   alignas(16) float norms[2][kChunk];  // factor of each token of q, of k
   Exchange exchange;
+  SingleToken single_token;
   // <qn, dqn>, <kn, dkn> over a warp's channels; over all in the first place.
   float dots[Config::kChannelWarps][2][kChunk];
   Item items[2];                    // this one and the next, in turns

@@ -4,7 +4,7 @@
 //
 //   dq_d = scale dO S^T      dk_d = -dR S^T      dk_r = U dS'^T
 //   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)
-//   d_beta_i = <dR_i, U_i> / beta_i^2 (dR here is dV)
+//   d_beta_i = <dR_i, U_i> / beta_i^2 (dR here is dV); of a chunk of one token see single_token.cuh
 //   dqn_i = exp(G_i) dq_d_i + sum over j <= i of dA_qk[i, j] exp(G_i - G_j) kn_j
 //   dkn_i = exp(G_i) dk_d_i + sum over j < i of dL[i, j] exp(G_i - G_j) kn_j         as a row
 //         + exp(G_C - G_i) dk_r_i + sum over later rows of exp(..) (dA_qk qn + dL kn)  as a column
@@ -28,6 +28,7 @@
 #pragma once
 
 #include "sm90/chunk_gradient/outputs.cuh"
+#include "sm90/chunk_gradient/single_token.cuh"
 
 namespace jax_flashkda::chunk_gradient {
 
@@ -41,15 +42,6 @@ __device__ __forceinline__ void load_head_scalars(Shared& s, const ForwardParams
         p.dt_bias != nullptr ? __ldg(p.dt_bias + gate_head * Config::kHeadDim + threadIdx.x) : 0.0f;
   if (threadIdx.x == Config::kHeadDim)
     s.amplitude = p.A_log != nullptr ? expf(__ldg(p.A_log + gate_head)) : 1.0f;
-}
-
-// This thread's copies but the last `Pending` groups have arrived.
-template <int Pending>
-__device__ __forceinline__ void wait_for_async_loads() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
-__device__ __forceinline__ void commit_async_loads() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // Products over V: scores' gradients to shared memory, parts through the states to `sums`. A
@@ -190,6 +182,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();  // all threads' copies and fills, before the products
 
     if (item.at_caller_state) multiply_caller_states(s, find_caller_states(b, item, head));
+    if (item.length == 1) find_single_beta_gradient(s, b, item, head);
     Sums sums;
     multiply_values(sums, s, p.scale, find_warpgroup(), at);
     wait_for_async_loads<0>();  // q, k, g
@@ -203,7 +196,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const bool clears = __syncthreads_or(without_beta);
 
     find_norms(s, p.qk_l2norm, at);
-    if (token < item.length) write_beta_gradient(b, beta_at, beta, s.d_r_times_u[token]);
+    if (token < item.length)
+      write_beta_gradient(b, beta_at, beta, find_beta_gradient(s, item, token, beta));
     if (clears) clear_tokens_without_beta(s, sums, b, item, head, at);
     __syncthreads();  // every warp's norms, before they are read
     find_gradients(s, sums, p, item, at);

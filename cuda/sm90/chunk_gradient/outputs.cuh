@@ -326,11 +326,19 @@ __device__ __forceinline__ void write_key_gradients(const Shared& s, int of_k, c
   }
 }
 
-// Of U = (..)^-1 Diag(beta) (V - ..): sum over v of (dR / beta) (U / beta), and through the sigmoid.
+// d_beta of a token. Of U = (..)^-1 Diag(beta) (V - ..): sum over v of (dR / beta) (U / beta).
+template <class Shared>
+__device__ __forceinline__ float find_beta_gradient(const Shared& s, const Item& item, int token,
+                                                    float beta) {
+  const float (&parts)[4] = s.single_token.d_beta;
+  return item.length > 1 ? s.d_r_times_u[token] / beta / beta
+                         : (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// Through the sigmoid.
 __device__ __forceinline__ void write_beta_gradient(const BackwardParams& b, int64_t at, float beta,
-                                                    float d_r_times_u) {
+                                                    float d) {
   const ForwardParams& p = b.forward;
-  float d = d_r_times_u / beta / beta;
   if (p.beta_is_logits) d *= beta * (1.0f - (p.allow_neg_eigval ? 0.5f : 1.0f) * beta);
   if (p.beta_dtype == DType::kBF16) {
     static_cast<uint16_t*>(b.d_beta)[at] = static_cast<uint16_t>(pack_bf16(d, 0.0f));

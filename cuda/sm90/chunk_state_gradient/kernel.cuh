@@ -21,6 +21,7 @@
 #pragma once
 
 #include "sm90/chunk_state_gradient/config.h"
+#include "sm90/chunk_step.cuh"
 
 namespace jax_flashkda::chunk_state_gradient {
 
@@ -84,11 +85,7 @@ struct StateWarps {
     uint32_t a[32];
     pack_operand(a, state);
     float projected[32];
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      product(projected, a, i, operand<kTileKDecayed, Config>(stage), i > 0);
-    wgmma_commit();
+    begin_projection<Config>(projected, a, stage);
     uint32_t values[4][4];
     stage.wait_for_rows();
     load_rows_transposed(values, stage.rows[at.tile], at);
@@ -96,25 +93,13 @@ struct StateWarps {
     wgmma_wait<0>();
     fence_registers(projected);
 
-    uint32_t r[16];
-    subtract_projection(r, values, projected, stage.beta, at);
     float u[32];
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) product(u, r, i, operand<kTileAkkInv, Config>(stage), i > 0);
-    wgmma_commit();
-    decay_state(state, stage.chunk_decay, at);
-    wgmma_wait<0>();
-    fence_registers(u);
+    correct_values<Config>(u, state, values, projected, stage, at);
 
     uint32_t u_operand[16], written[16];
     pack_operand(u_operand, u);
     drop_tokens_without_beta(written, u_operand, stage.beta, at);
-    fence_registers(state);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      product_transposed(state, written, i, operand<kTileKRestored, Config>(stage, 8192), true);
+    begin_update<Config>(state, written, stage);
     wgmma_commit();
     store_rows(u_operand, stage.rows[at.tile], workspace + w.corrected_values, p.forward.shape,
                header, at);

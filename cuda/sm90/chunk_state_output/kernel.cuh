@@ -10,11 +10,13 @@
 // and its loader waits for each chunk; CTAs that find no place yet start as others end. Roles: see
 // state_scan.cuh; S, R and U become register operands where they are.
 //
-// Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state.
+// Read: the workspace, v [B, T, HV, V], initial_state. Written: o [B, T, HV, V], final_state, and
+// with kChunkStates chunk_states.
 #pragma once
 
 #include "sm90/chunk_state_output/config.h"
 #include "sm90/chunk_state_pieces/config.h"
+#include "sm90/chunk_step.cuh"
 
 namespace jax_flashkda::chunk_state_output {
 
@@ -46,11 +48,7 @@ struct StateWarps {
     pack_operand(a, state);
 
     float projected[32], o[32];
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      product(projected, a, i, operand<kTileKDecayed, Config>(stage), i > 0);
-    wgmma_commit();
+    begin_projection<Config>(projected, a, stage);
 #pragma unroll
     for (int i = 0; i < 8; ++i) product(o, a, i, operand<kTileQDecayed, Config>(stage), i > 0);
     wgmma_commit();
@@ -60,25 +58,13 @@ struct StateWarps {
     wgmma_wait<1>();
     fence_registers(projected);
 
-    uint32_t r[16];
-    subtract_projection(r, values, projected, stage.beta, at);
     float u[32];
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) product(u, r, i, operand<kTileAkkInv, Config>(stage), i > 0);
-    wgmma_commit();
-    decay_state(state, stage.chunk_decay, at);
-    wgmma_wait<0>();
-    fence_registers(u);
+    correct_values<Config>(u, state, values, projected, stage, at);
     fence_registers(o);
 
     uint32_t u_operand[16];
     pack_operand(u_operand, u);
-    fence_registers(state);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      product_transposed(state, u_operand, i, operand<kTileKRestored, Config>(stage, 8192), true);
+    begin_update<Config>(state, u_operand, stage);
 #pragma unroll
     for (int i = 0; i < 4; ++i) product(o, u_operand, i, operand<kTileAqk, Config>(stage), true);
     wgmma_commit();
@@ -93,6 +79,13 @@ struct StateWarps {
     pack_operand(output, o);
     store_rows(output, stage.rows[at.tile], p.o, p.shape, header, at);
     stage.release_rows(at.lane);
+    if constexpr (Config::kChunkStates) {
+      const int64_t row = header.token / p.shape.T, start = header.token % p.shape.T;
+      if (header.length == kChunk)
+        store_state(state, p.chunk_states,
+                    (row * (p.shape.T / kChunk) + start / kChunk) * p.shape.HV + header.head,
+                    header, at);
+    }
     if (header.last && header.piece == w.pieces.count - 1)
       store_state(state, p.final_state, header.state, header, at);
   }

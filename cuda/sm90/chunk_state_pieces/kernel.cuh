@@ -13,6 +13,7 @@
 #pragma once
 
 #include "sm90/chunk_state_pieces/config.h"
+#include "sm90/chunk_step.cuh"
 
 namespace jax_flashkda::chunk_state_pieces {
 
@@ -41,35 +42,18 @@ struct MapWarps {
     uint32_t a[32];
     pack_operand(a, state);
     float projected[32];
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      product(projected, a, i, operand<kTileKDecayed, MapConfig>(stage), i > 0);
-    wgmma_commit();
+    begin_projection<MapConfig>(projected, a, stage);
     uint32_t values[4][4] = {};
     if constexpr (kValues) load_rows_transposed(values, stage.rows[at.tile], at);
     wgmma_wait<0>();
     fence_registers(projected);
 
-    uint32_t r[16];
-    subtract_projection(r, values, projected, stage.beta, at);
     float u[32];
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) product(u, r, i, operand<kTileAkkInv, MapConfig>(stage), i > 0);
-    wgmma_commit();
-    decay_state(state, stage.chunk_decay, at);
-    wgmma_wait<0>();
-    fence_registers(u);
+    correct_values<MapConfig>(u, state, values, projected, stage, at);
 
     uint32_t u_operand[16];
     pack_operand(u_operand, u);
-    fence_registers(state);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      product_transposed(state, u_operand, i, operand<kTileKRestored, MapConfig>(stage, 8192),
-                         true);
+    begin_update<MapConfig>(state, u_operand, stage);
     wgmma_commit();
     wgmma_wait<0>();
     fence_registers(state);

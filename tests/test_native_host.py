@@ -439,9 +439,10 @@ def test_stages_overlap_where_that_was_faster(host):
         return overlap(host, dict(B=1, HV=1, N=1, has_segment_ids=False) | sizes)
 
     serial = (0, 0, 1)
-    for H, B, T in [(96, 1, 8192), (64, 1, 8192), (32, 4, 4096), (32, 1, 8192)]:
-        assert of(H=H, B=B, T=T) == (32, 32, 1)
-    assert of(T=8192, H=96, N=6, has_segment_ids=True) == (32, 32, 1)
+    assert of(T=8192, H=96) == (48, 48, 1)
+    assert of(T=4096, H=32, B=4) == (44, 44, 1)
+    assert of(T=8192, H=32) == (32, 32, 1)
+    assert of(T=8192, H=96, N=6, has_segment_ids=True) == (48, 48, 1)
     assert of(T=32_768, H=16) == (32, 16, 2)
     assert of(T=2048, H=12) == (24, 12, 2)
     assert of(T=512, H=32) == serial

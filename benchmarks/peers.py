@@ -4,7 +4,7 @@
 
 Each peer runs in a process of its own under a time limit: one that is missing, fails, compiles for
 minutes or ends the process costs a line in the record and nothing else. Inputs are those of the op
-(`make_inputs` of run.py), handed over on the GPU. Peers in Torch are timed by CUDA events over
+(`make_inputs` of timing.py), handed over on the GPU. Peers in Torch are timed by CUDA events over
 calls in a row, so where a peer's host side is slower than its kernels the host is what is timed.
 
 FLA compiles and tunes its kernels at the first call of a shape, which can take minutes: give it
@@ -24,6 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from shapes import SHAPES, D
+
 # name: (what of the work it does, gates it is timed with). "raw": the norms of q and k, the gate
 # and the sigmoid of beta are its own work, as they are the op's.
 PEERS = {
@@ -38,16 +40,16 @@ LOWER_BOUND = -5.0
 def _torch_inputs(shape, gate):
     """Two sets as Torch tensors [B, T, heads, D], and the borders of the segments or None."""
     import numpy as np
-    import run
     import torch
+    from timing import make_inputs
 
     sets = []
     for seed in range(2):
-        arrays = run.make_inputs(shape, gate, seed)
+        arrays = make_inputs(shape, gate, seed)
         arrays.pop("segment_ids", None)
         # Copies: these outlive the JAX arrays.
         sets.append({name: torch.from_dlpack(x).clone() for name, x in arrays.items()})
-    lengths = run.SHAPES[shape][4]
+    lengths = SHAPES[shape][4]
     return sets, None if lengths is None else torch.tensor([0, *np.cumsum(lengths)], device="cuda")
 
 
@@ -117,12 +119,12 @@ def time_tokamax(shape, gate) -> float:
     """Its chunked form in JAX; inputs in its own layout, heads first."""
     import jax
     import jax.numpy as jnp
-    import run
+    import timing
     from tokamax.ops import kimi_delta_attention
 
     _refuse_grouped_heads(shape)
-    B, T, H, _, lengths = run.SHAPES[shape]
-    options = dict(scale=run.D**-0.5, use_qk_l2norm=True, use_gate_in_kernel=True)
+    B, T, H, _, lengths = SHAPES[shape]
+    options = dict(scale=D**-0.5, use_qk_l2norm=True, use_gate_in_kernel=True)
     options |= dict(lower_bound=LOWER_BOUND, implementation="xla_chunked")
     if lengths is not None:
         options["max_num_segments"] = len(lengths)
@@ -136,7 +138,7 @@ def time_tokamax(shape, gate) -> float:
         return jnp.moveaxis(x, 2, 0)
 
     def make(seed):
-        arrays = run.make_inputs(shape, gate, seed)
+        arrays = timing.make_inputs(shape, gate, seed)
         made = {
             "query": heads_first(arrays["q"]),
             "key": heads_first(arrays["k"]),
@@ -150,13 +152,12 @@ def time_tokamax(shape, gate) -> float:
             made["segment_ids"] = arrays["segment_ids"]
         return jax.block_until_ready(made)
 
-    return run.median_ms(call, run.input_sets(make, 5 * B * T * H * run.D * 2), repeats=3)
+    sets = timing.input_sets(make, 5 * B * T * H * D * 2)
+    return timing.median_ms(call, sets, repeats=3)
 
 
 def _refuse_grouped_heads(shape):
-    import run
-
-    _, _, H, HV, _ = run.SHAPES[shape]
+    _, _, H, HV, _ = SHAPES[shape]
     if H != HV:
         raise NotImplementedError("takes equal heads alone")
 
@@ -193,15 +194,13 @@ def time_peer(peer, shapes, seconds) -> dict:
 
 def main():
     peer, *shapes = sys.argv[1:]
-    import run
-
     time_one = {
         "fla": time_fla,
         "flash_kda": time_flash_kda,
         "cudnn": time_cudnn,
         "tokamax": time_tokamax,
     }[peer]
-    for shape in shapes or run.SHAPES:
+    for shape in shapes or SHAPES:
         for gate in PEERS[peer][1]:
             try:
                 ms = time_one(shape, gate)

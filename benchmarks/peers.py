@@ -14,16 +14,11 @@ Written against fla-core 0.6.0, nvidia-cudnn-frontend 1.32.0, tokamax 0.0.17 and
 flash_kda.fwd. Another version may take other arguments; the line in the record then says so.
 """
 
-import json
 import math
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
+from lines import in_words, lines_of, say
 from shapes import SHAPES, D
 
 # name: (what of the work it does, gates it is timed with). "raw": the norms of q and k, the gate
@@ -45,7 +40,7 @@ def _torch_inputs(shape, gate):
 
     sets = []
     for seed in range(2):
-        arrays = make_inputs(shape, gate, seed)
+        arrays = make_inputs(SHAPES[shape], gate, seed)
         arrays.pop("segment_ids", None)
         # Copies: these outlive the JAX arrays.
         sets.append({name: torch.from_dlpack(x).clone() for name, x in arrays.items()})
@@ -129,7 +124,6 @@ def time_tokamax(shape, gate) -> float:
     if lengths is not None:
         options["max_num_segments"] = len(lengths)
 
-    @jax.jit
     def call(arrays):
         return kimi_delta_attention(**arrays, **options)[0]
 
@@ -138,7 +132,7 @@ def time_tokamax(shape, gate) -> float:
         return jnp.moveaxis(x, 2, 0)
 
     def make(seed):
-        arrays = timing.make_inputs(shape, gate, seed)
+        arrays = timing.make_inputs(SHAPES[shape], gate, seed)
         made = {
             "query": heads_first(arrays["q"]),
             "key": heads_first(arrays["k"]),
@@ -150,10 +144,10 @@ def time_tokamax(shape, gate) -> float:
         }
         if lengths is not None:
             made["segment_ids"] = arrays["segment_ids"]
-        return jax.block_until_ready(made)
+        return made
 
-    sets = timing.input_sets(make, 5 * B * T * H * D * 2)
-    return timing.median_ms(call, sets, repeats=3)
+    inputs = timing.Inputs(make, 5 * B * T * H * D * 2)
+    return timing.median_ms(timing.Program(call, make), inputs, repeats=3)
 
 
 def _refuse_grouped_heads(shape):
@@ -166,28 +160,11 @@ def column(peer, gate) -> str:
     return f"{peer} {gate}"
 
 
-def time_peer(peer, shapes, seconds) -> dict:
+def time_peer(peer, names, seconds) -> dict:
     """{shape: {column: milliseconds, or why there are none}}, by a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), peer, *shapes]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=errors, start_new_session=True
-        )
-        try:
-            ended = f"the process ended with status {process.wait(seconds)}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its compilers too
-            process.wait()
-            ended = f"not reached within {seconds} s for all shapes"
-        output.seek(0), errors.seek(0)
-        lines = [line for line in output if line.startswith('{"peer"')]
-        if "status" in ended:
-            words = errors.read().strip().splitlines()
-            words = [line for line in words if "Error" in line] or words
-            ended = " ".join([ended, *words[-1:]])[:200]
-    results = {shape: {column(peer, gate): ended for gate in PEERS[peer][1]} for shape in shapes}
-    for line in map(json.loads, lines):
+    found, ended = lines_of("peers.py", [peer, *names], seconds, "peer")
+    results = {name: {column(peer, gate): ended for gate in PEERS[peer][1]} for name in names}
+    for line in found:
         results[line["shape"]][column(peer, line["gate"])] = line["result"]
     return results
 
@@ -205,11 +182,9 @@ def main():
             try:
                 ms = time_one(shape, gate)
                 result = round(ms, 4) if math.isfinite(ms) else f"took {ms} ms"
-            except Exception as error:  # a line of the record, whatever it is
-                text = str(error).strip().splitlines() or [""]
-                result = f"{type(error).__name__}: {text[0]}"[:200]
-            line = {"peer": peer, "shape": shape, "gate": gate, "result": result}
-            print(json.dumps(line), flush=True)
+            except Exception as failure:  # a line of the record, whatever it is
+                result = in_words(failure)
+            say("peer", {"shape": shape, "gate": gate, "result": result})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import known
 import peers
 import shapes
+import softmax
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -112,6 +113,77 @@ def steps(record) -> str:
     return markdown(titles, rows)
 
 
+def _line(record, op, work, H, packed=False) -> dict:
+    """Milliseconds by T."""
+    wanted = {"op": op, "work": work, "H": H, "packed": packed}
+    rows = [row for row in record.get("over_t", []) if wanted.items() <= row.items()]
+    return {row["T"]: row["ms"] for row in rows if "ms" in row}
+
+
+def over_t(record, work) -> str:
+    titles = [f"{work}, {softmax.H} heads", "rows", "KDA", "KDA, packed", "softmax attention"]
+    kda, packed, attention = (
+        _line(record, op, work, softmax.H, packed)
+        for op, packed in (("kda", False), ("kda", True), ("softmax", False))
+    )
+    rows = []
+    for T in sorted(kda.keys() | attention.keys()):
+        cells = [number(line[T]) if T in line else "" for line in (kda, packed, attention)]
+        rows.append([f"T {T:,}", str(softmax.dims_of(softmax.H, T)[0]), *cells])
+    return markdown([*titles, "softmax / KDA"], [[*row, _ratio(row)] for row in rows])
+
+
+def _ratio(row):
+    return f"{float(row[4]) / float(row[2]):.2f}" if row[2] and row[4] else ""
+
+
+_WORKS = {"forward": "Forward", "training": "Forward and backward"}
+
+
+def who_wins(record) -> str:
+    """Where KDA is ahead of softmax attention and where it is not, in words."""
+    lines = []
+    for work, title in _WORKS.items():
+        kda, attention = (_line(record, op, work, softmax.H) for op in ("kda", "softmax"))
+        both = sorted(kda.keys() & attention.keys())
+        if not both:
+            continue
+        ahead = [T for T in both if kda[T] < attention[T]]
+        behind = [T for T in both if kda[T] >= attention[T]]
+        pair = lambda T, a=kda, b=attention: f"{number(a[T])} against {number(b[T])} at T {T:,}"
+        words = f"* **{title}, {softmax.H} heads:** "
+        if behind:
+            words += f"softmax attention is faster up to T {max(behind):,} ({pair(max(behind))})"
+        if ahead:
+            words += "; " if behind else ""
+            words += f"KDA is faster from T {min(ahead):,} on ({pair(min(ahead))}"
+            words += f"; {pair(max(ahead))})" if max(ahead) != min(ahead) else ")"
+        lines.append(words + ".")
+    for work, title in _WORKS.items():
+        kda, attention = (_line(record, op, work, 96) for op in ("kda", "softmax"))
+        both = sorted(kda.keys() & attention.keys())
+        of = lambda T, a=kda, b=attention: (
+            f"T {T:,}: KDA {number(a[T])}, softmax attention {number(b[T])}"
+        )
+        if both:
+            lines.append(f"* {title}, one row of 96 heads: {'; '.join(map(of, both))}.")
+    for work, heads in softmax.LONG.items():
+        kda = _line(record, "kda", work, heads)
+        if softmax.LONG_T.keys() <= kda.keys():
+            ns = [kda[T] * 1e6 / (T * softmax.dims_of(heads, T)[0]) for T in softmax.LONG_T]
+            lines.append(
+                f"* {_WORKS[work]}, {heads} heads, T {max(softmax.LONG_T):,}: "
+                f"{number(kda[max(softmax.LONG_T)])} ms, {ns[1]:.1f} ns a token; "
+                f"T {min(softmax.LONG_T):,}: {ns[0]:.1f} ns."
+            )
+    failed = [row for row in record.get("over_t", []) if "error" in row]
+    for row in failed:
+        lines.append(
+            f"* Not timed: {row['op']}, {row['work']}, H {row['H']}, T {row['T']:,}: {row['error']}"
+        )
+    return "\n".join(lines) or "Where softmax attention is faster: not in this record."
+
+
 def run(record) -> str:
     """Where the record is from, and what was tested on the same sources in the same run."""
     versions = record.get("versions", {})
@@ -159,6 +231,9 @@ PARTS = {
     "forward": forward,
     "training": training,
     "steps": steps,
+    "who_wins": who_wins,
+    "over_t_forward": lambda record: over_t(record, "forward"),
+    "over_t_training": lambda record: over_t(record, "training"),
     "sources": sources,
 }
 
@@ -184,7 +259,7 @@ def page(text, record) -> str:
 
 def plotted(record) -> str:
     """A digest of what the plots show, which they carry."""
-    shown = {key: record.get(key) for key in ("forward_ms", "training_ms")}
+    shown = {key: record.get(key) for key in ("forward_ms", "training_ms", "over_t")}
     earlier = [known.FORWARD_MS, known.TRAINING_MS]
     return hashlib.sha256(json.dumps([shown, earlier]).encode()).hexdigest()
 
@@ -249,11 +324,49 @@ def plot_shapes(record, is_training):
     return figure
 
 
+def plot_over_t(record):
+    """Time of a token over T, forward and training, on log axes."""
+    import matplotlib.pyplot as plt
+
+    figure, both_axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True)
+    series = {
+        "jax_flashkda, rows of T": ("kda", False, "#c8273c", "o-"),
+        "jax_flashkda, segments of T in one row": ("kda", True, "#c8273c", "o:"),
+        "softmax attention (cuDNN)": ("softmax", False, "#d98c21", "X-"),
+    }
+    for axes, (work, title) in zip(both_axes, _WORKS.items(), strict=True):
+        for name, (op, packed, colour, style) in series.items():
+            line = _line(record, op, work, softmax.H, packed)
+            tokens = [T * softmax.dims_of(softmax.H, T, packed)[0] for T in line]
+            if packed:
+                tokens = [softmax.TOKENS] * len(line)
+            ns = [ms * 1e6 / count for ms, count in zip(line.values(), tokens, strict=True)]
+            axes.plot(list(line), ns, style, color=colour, markersize=5, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlim(min(softmax.OVER_T) / 1.2, max(softmax.OVER_T) * 1.2)
+        if not axes.lines[0].get_xdata().size:  # nothing in this record
+            axes.set_ylim(1, 1000)
+        axes.set_xlabel("T")
+        axes.set_ylabel("ns a token")
+        axes.set_title(f"{title}, {softmax.H} heads")
+        axes.grid(color="#eeeeee", which="both")
+        axes.set_axisbelow(True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter(lambda T, _: f"{T / 1024:g}K" if T < 2**20 else "1M")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    both_axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def plots(record) -> dict:
     """Functions that draw a figure, by file name."""
     return {
         "forward.svg": lambda: plot_shapes(record, is_training=False),
         "training.svg": lambda: plot_shapes(record, is_training=True),
+        "over_t.svg": lambda: plot_over_t(record),
     }
 
 

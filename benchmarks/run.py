@@ -24,11 +24,13 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import peers
 import report
+from lines import lines_of
 from shapes import (
     GATES,
     SHAPES,
@@ -41,7 +43,6 @@ from shapes import (
     rounds,
     state_bytes,
 )
-from timing import L2_BYTES, UNROLLED, input_sets, make_inputs, median_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "h200.json"
@@ -73,58 +74,62 @@ def check() -> str | None:
 # timing
 
 
-def time_op(shape, gate) -> float:
-    import jax
+def time_forward(names, keep):
+    """Milliseconds of the op by shape and gate, and the floor; `keep` gets what there is so far."""
+    import timing
 
-    import jax_flashkda
+    gates = [gate for gate in GATES if gate.endswith("slow")]  # fast ones make the same programs
+    programs = {
+        (name, gate.split()[0]): timing.forward_program(SHAPES[name], gate)
+        for name in names
+        for gate in gates
+    }
+    timing.compile_all(programs.values())
+    results = {}
+    for name in names:
+        row = {}
+        for gate in GATES:
+            inputs = timing.forward_inputs(SHAPES[name], gate)
+            row[gate] = round(timing.median_ms(programs[name, gate.split()[0]], inputs), 4)
+        results[name] = row | {"floor": round(floor_ms(name), 4)}
+        keep(forward_ms=results)
+        print(name, results[name], flush=True)
+    return results
 
-    options = dict(gate=gate.split()[0], beta_is_logits=True, qk_l2norm=True, implementation="cuda")
 
-    @jax.jit
-    def call(arrays):
-        return jax_flashkda.kimi_delta_attention(**arrays, **options)
-
-    B, T, H, HV, _ = SHAPES[shape]
-    sets = input_sets(lambda seed: make_inputs(shape, gate, seed), B * T * (2 * H + 3 * HV) * D * 2)
-    assert (
-        "jax_flashkda.forward" in call.lower(sets[0]).as_text()
-    )  # the kernels, and nothing else, are timed
-    return median_ms(call, sets)
-
-
-def time_training(shape, gate) -> tuple[float, float]:
-    """Forward and backward of one call, and the MiB of temporaries that XLA plans for them.
-
-    The cotangent of o is an argument, the gradients of all seven operands are results.
+def time_training(names, keep):
+    """Milliseconds of forward and backward by shape and gate, and the most MiB of temporaries that
+    XLA plans for them.
     """
-    import jax
+    import timing
 
-    import jax_flashkda
-
-    options = dict(gate=gate.split()[0], beta_is_logits=True, qk_l2norm=True, implementation="cuda")
-
-    @jax.jit
-    def call(inputs):
-        arrays, d_o = inputs
-        ids = {"segment_ids": arrays["segment_ids"]} if "segment_ids" in arrays else {}
-        floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
-        attend = lambda floats: jax_flashkda.kimi_delta_attention(**floats, **ids, **options)
-        o, vjp = jax.vjp(attend, floats)
-        return o, vjp(d_o)
-
-    B, T, H, HV, _ = SHAPES[shape]
-    make = lambda seed: (make_inputs(shape, gate, seed), make_inputs(shape, gate, ~seed)["v"])
-    sets = input_sets(make, B * T * (4 * H + 7 * HV) * D * 2)
-    lowered = call.lower(sets[0])
-    assert "jax_flashkda.backward" in lowered.as_text()
-    temporaries = lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
-    return median_ms(call, sets, repeats=5), temporaries
+    programs = {
+        (name, gate.split()[0]): timing.training_program(SHAPES[name], gate)
+        for name in names
+        for gate in TRAINING_GATES
+        if gate.endswith("slow")
+    }
+    timing.compile_all(programs.values())
+    results = {}
+    for name in names:
+        row, most = {}, 0
+        for gate in TRAINING_GATES:
+            program = programs[name, gate.split()[0]]
+            inputs = timing.training_inputs(SHAPES[name], gate)
+            row[gate] = round(timing.median_ms(program, inputs, repeats=5), 4)
+            most = max(most, program.temporary_bytes)
+        row["floor"] = round(floor_ms(name, training=True), 4)
+        results[name] = row | {"temporaries, MiB": round(most / 2**20)}
+        keep(training_ms=results)
+        print("training", name, results[name], flush=True)
+    return results
 
 
 def time_step(name, state_dtype) -> float:
     """One decode step of 32 in one program, in place, on states in rotation that exceed the L2."""
     import jax
     import jax.numpy as jnp
+    from timing import L2_BYTES, UNROLLED
 
     import jax_flashkda
 
@@ -161,7 +166,7 @@ def time_step(name, state_dtype) -> float:
     return statistics.median(times[3:])
 
 
-def time_all_steps() -> dict:
+def time_steps() -> dict:
     """Milliseconds of a decode step by shape and type of the state, and TB/s of states moved."""
     results = {}
     for name in STEPS:
@@ -175,74 +180,26 @@ def time_all_steps() -> dict:
     return results
 
 
-def time_softmax_attention(shape, training=False) -> float:
-    """Causal softmax attention of the same shape in the same JAX: cuDNN's flash attention."""
-    import jax
-    import jax.numpy as jnp
-
-    B, T, H, HV, lengths = SHAPES[shape]
-    if lengths is not None or H != HV:
-        raise NotImplementedError("timed for equal heads without segments")
-
-    @jax.jit
-    def call(arrays):
-        attend = lambda *qkv: jax.nn.dot_product_attention(
-            *qkv, is_causal=True, implementation="cudnn"
-        )
-        if not training:
-            return attend(*arrays[:3])
-        o, vjp = jax.vjp(attend, *arrays[:3])
-        return o, vjp(arrays[3])
-
-    def make(seed):
-        keys = jax.random.split(jax.random.key(seed), 4)
-        return [jax.random.normal(key, (B, T, H, D), jnp.bfloat16) for key in keys]
-
-    return median_ms(call, input_sets(make, 4 * B * T * H * D * 2), repeats=5)
+def time_softmax(record, names, seconds) -> list[dict]:
+    """Softmax attention of these shapes (or all) into the rows of the record. Without names also
+    softmax attention and the op over T.
+    """
+    found, ended = lines_of("softmax.py", names, seconds, "softmax")
+    for line in found:
+        row = record.get(f"{line['work']}_ms", {}).get(line.get("shape"))
+        if row is not None:
+            row["softmax attention"] = line.get("ms", line.get("error"))
+    print("softmax:", ended, *found, sep="\n", flush=True)
+    return [line for line in found if "shape" not in line]
 
 
-def try_time(function, *arguments):
-    """Milliseconds, or the reason why there are none."""
-    try:
-        return round(function(*arguments), 4)
-    except Exception as error:  # a peer that is missing or fails must not cost the record
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-
-
-def time_all_training(shapes, peers_too) -> dict:
-    """Milliseconds of forward and backward by shape and gate, and the most MiB of temporaries."""
-    results = {}
-    for shape in shapes:
-        timed = {gate: time_training(shape, gate) for gate in TRAINING_GATES}
-        row = {gate: round(ms, 4) for gate, (ms, _) in timed.items()}
-        if peers_too:
-            row["softmax attention"] = try_time(time_softmax_attention, shape, True)
-        row["floor"] = round(floor_ms(shape, training=True), 4)
-        row["temporaries, MiB"] = round(max(mib for _, mib in timed.values()))
-        results[shape] = row
-        print("training", shape, row, flush=True)
-    return results
-
-
-def time_all(shapes, keep) -> dict:
-    """Milliseconds of the op by shape and gate, and the floor; `keep` gets what there is so far."""
-    results = {}
-    for shape in shapes:
-        row = {gate: round(time_op(shape, gate), 4) for gate in GATES}
-        results[shape] = row | {"floor": round(floor_ms(shape), 4)}
-        keep(forward_ms=results)
-        print(shape, results[shape], flush=True)
-    return results
-
-
-def time_peers(results, seconds):
+def time_peers(record, seconds):
     """Adds the peers' milliseconds to the rows of `results`, or why there are none."""
-    for shape, row in results.items():
-        row["softmax attention"] = try_time(time_softmax_attention, shape)
+    results = record["forward_ms"]
     for peer in peers.PEERS:
-        for shape, times in peers.time_peer(peer, list(results), seconds).items():
-            results[shape] |= times
-            print(shape, times, flush=True)
+        for name, times in peers.time_peer(peer, list(results), seconds).items():
+            results[name] |= times
+            print(name, times, flush=True)
 
 
 # tests, record, table
@@ -279,6 +236,16 @@ def run_tests(arguments, gpus=None) -> dict:
             if case.find("failure") is not None or case.find("error") is not None
         ]
     return counts | {"status": status, "failed": failed, "seconds": float(suite.get("time", 0))}
+
+
+def attempt(part, *arguments) -> bool:
+    """Whether it went well: the rest of a run is worth having without one of its parts."""
+    try:
+        part(*arguments)
+        return True
+    except Exception:
+        traceback.print_exc()
+        return False
 
 
 def versions() -> dict:
@@ -322,6 +289,9 @@ def main():
     parser.add_argument(
         "--peer-seconds", type=int, default=240, help="time limit of a peer, all shapes together"
     )
+    parser.add_argument(
+        "--softmax-seconds", type=int, default=120, help="time limit of softmax attention over T"
+    )
     parser.add_argument("--only", nargs="*", choices=SHAPES, metavar="SHAPE")
     parser.add_argument(
         "--only-steps", action="store_true", help="the decode step; records nothing"
@@ -355,16 +325,18 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = "1"  # of this process, before JAX starts
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only_steps:
-        print(report.steps({"step_ms": time_all_steps()}))
+        print(report.steps({"step_ms": time_steps()}))
         return
     record = {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     if options.only:
-        times = {"forward_ms": time_all(options.only, lambda **_: None)}
+        record["forward_ms"] = time_forward(options.only, lambda **_: None)
+        record["training_ms"] = time_training(options.only, lambda **_: None)
+        time_softmax(record, options.only, options.softmax_seconds)
         if peer_seconds > 0:
-            time_peers(times["forward_ms"], peer_seconds)
-        times["training_ms"] = time_all_training(options.only, peer_seconds > 0)
-        print(report.table(record | times))
+            time_peers(record, peer_seconds)
+        print(report.table(record))
         return
+
     writing = threading.Lock()
 
     def keep(**more):
@@ -382,18 +354,20 @@ def main():
         tests.start()
         if not options.beside:
             tests.join()
-    time_all(SHAPES, keep)
-    keep(step_ms=time_all_steps())
-    keep(training_ms=time_all_training(TRAINING_SHAPES, peer_seconds > 0))
+    whole = attempt(time_forward, list(SHAPES), keep)
+    whole &= attempt(lambda: keep(step_ms=time_steps()))
+    whole &= attempt(time_training, list(TRAINING_SHAPES), keep)
+    whole &= attempt(lambda: keep(over_t=time_softmax(record, [], options.softmax_seconds)))
     if options.beside and not options.no_tests:
         tests.join()
         several = [*options.pytest, "-k", "test_sharded or test_another_device_first"]
         keep(tests_of_two_gpus=run_tests(several, "0,1"))
     if peer_seconds > 0:
-        time_peers(record["forward_ms"], peer_seconds)
+        whole &= attempt(time_peers, record, peer_seconds)
         keep()
     print(json.dumps({name: record.get(name) for name in ("versions", "tests")}))
     print(report.table(record))
+    sys.exit(0 if whole else "a part of the benchmark failed: see above")
 
 
 if __name__ == "__main__":

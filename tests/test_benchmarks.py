@@ -58,14 +58,13 @@ def test_the_plots_of_a_whole_record_can_be_drawn(report):
     matplotlib.use("Agg")
     gates = dict.fromkeys(report.shapes.GATES, 1.0)
     training = gates | {"temporaries, MiB": 7}
-    record = {
-        "digest": "0" * 64,
+    record = over_t(report, kda=15.0, attention=0.005) | {
         "forward_ms": dict.fromkeys(report.shapes.SHAPES, gates),
         "training_ms": dict.fromkeys(report.shapes.TRAINING_SHAPES, training),
     }
     for draw in report.plots(record).values():
-        (axes,) = draw().axes
-        assert axes.collections or axes.lines
+        for axes in draw().axes:
+            assert axes.collections or axes.lines
     matplotlib.pyplot.close("all")
     tables = report.table(record)
     for shape in report.shapes.SHAPES:
@@ -76,3 +75,30 @@ def test_shapes_have_names_of_their_own(report):
     labels = [report.shapes.label(shape) for shape in report.shapes.SHAPES]
     assert len(set(labels)) == len(labels)
     assert all(not re.search(r"[|*]", label) for label in labels)
+
+
+def over_t(report, kda, attention):
+    """A record in which KDA takes so many ns a token, and softmax attention so many ns a T."""
+    rows = report.softmax.plan_over_t()
+    for row in rows:
+        tokens = row["T"] * report.softmax.dims_of(row["H"], row["T"])[0]
+        row["ms"] = (kda if row["op"] == "kda" else attention * row["T"]) * tokens * 1e-6
+    return {"digest": "0" * 64, "over_t": rows}
+
+
+def test_who_wins_is_said_plainly(report):
+    words = report.who_wins(over_t(report, kda=15.0, attention=0.005)).splitlines()
+    assert "softmax attention is faster up to T 2,048" in words[0]
+    assert "KDA is faster from T 4,096 on" in words[0]
+    assert "T 1,048,576: 15.7 ms, 15.0 ns a token; T 65,536: 15.0 ns." in words[-1]
+    words = report.who_wins(over_t(report, kda=15.0, attention=1.0))
+    assert "softmax attention is faster" not in words
+    table = report.over_t(over_t(report, kda=15.0, attention=0.005), "training")
+    assert "| T 65,536 | 1 | 0.98 |  |" in table
+
+
+def test_what_failed_over_t_is_told(report):
+    record = over_t(report, 1.0, 1.0)
+    del record["over_t"][-1]["ms"]
+    record["over_t"][-1]["error"] = "RESOURCE_EXHAUSTED"
+    assert "RESOURCE_EXHAUSTED" in report.who_wins(record)

@@ -1,0 +1,81 @@
+"""The benchmark's clock and programs, on the CPU: XLA in place of the kernels, small sizes."""
+
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+DIMS = (2, 64, 1, 2, None)
+PACKED = (1, 70, 1, 1, (64, 6))
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    timing = importlib.import_module("timing")
+    monkeypatch.setattr(timing, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(timing, "REPEAT_MS", 0.01)
+    monkeypatch.setattr(timing, "UNROLLED", 2)
+    return timing
+
+
+@pytest.mark.parametrize("work, dims", [("forward", PACKED), ("training", DIMS)])
+def test_programs_run(timing, work, dims):
+    program = getattr(timing, f"{work}_program")(dims, "bounded slow")
+    inputs = getattr(timing, f"{work}_inputs")(dims, "bounded slow")
+    assert timing.median_ms(program, inputs, repeats=1) > 0
+    assert program.temporary_bytes > 0
+
+
+def test_softmax_attention_runs(timing):
+    softmax, dims = importlib.import_module("softmax"), (1, 16, 2, 2, None)
+    program = softmax.softmax_program(dims, training=True)
+    inputs = softmax.softmax_inputs(dims, training=True)
+    assert timing.median_ms(program, inputs, repeats=1) > 0
+
+
+def test_the_plan_has_everything(timing):
+    softmax = importlib.import_module("softmax")
+    rows = softmax.plan_shapes(["fix8k_h96", "uni8k_h96"]) + softmax.plan_over_t()
+    has = lambda **wanted: any(wanted.items() <= row.items() for row in rows)
+    for work, heads in (("forward", 32), ("training", 16)):
+        assert has(op="kda", work=work, H=heads, T=2**20) and has(work=work, H=heads, T=65536)
+        assert has(op="softmax", work=work, H=96, T=2048) and has(op="kda", work=work, H=96, T=2048)
+        assert has(op="kda", work=work, H=16, T=1024, packed=True)
+    assert has(shape="fix8k_h96", work="forward") and has(shape="fix8k_h96", work="training")
+    assert not has(shape="uni8k_h96")
+    assert len(rows) == len({str(row) for row in rows})
+
+
+def test_gates_are_as_fast_as_they_say(timing):
+    decay = lambda gate: float(
+        -5 * jnp.mean(jax.nn.sigmoid(jnp.exp(x["A_log"])[:, None] * (x["g"] + x["dt_bias"])))
+        if (x := timing.make_inputs(DIMS, gate, 0))
+        else 0
+    )
+    assert decay("bounded fast") < -2 and -0.05 < decay("bounded slow") < -0.01
+
+
+def test_long_rows_repeat_their_start(timing, monkeypatch):
+    monkeypatch.setattr(timing, "LONGEST_DRAWN", 32)
+    q = timing.make_inputs((1, 96, 1, 1, None), "softplus slow", 3)["q"]
+    assert (q[:, :32] == q[:, 64:]).all() and q.shape[1] == 96
+
+
+def test_unrolled_calls_keep_their_addresses(timing):
+    """Results go where those of the last run were, so that a command buffer needs no update."""
+    make = lambda seed: jax.random.normal(jax.random.key(seed), (256,))
+    program = timing.Program(lambda x: {"twice": 2 * x, "sum": jnp.sum(x)}, make)
+    sets = [make(seed) for seed in range(timing.UNROLLED)]
+    addresses = lambda tree: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
+    spent = program.nothing_spent()
+    first = addresses(spent)
+    for _ in range(3):
+        spent = program.unrolled(spent, sets)
+        assert addresses(spent) == first
+    for x, result in zip(sets, spent, strict=True):
+        np.testing.assert_array_equal(result["twice"], 2 * x)

@@ -113,6 +113,23 @@ def steps(record) -> str:
     return markdown(titles, rows)
 
 
+def small(record) -> str:
+    """Calls of less than 0.2 ms: by the wall, and what their kernels take."""
+    titles = ["small call", "by the wall", "a kernel runs", "sum of kernels"]
+    walls = {}
+    for shape, row in record.get("forward_ms", {}).items():
+        walls[shape] = f"forward, {shapes.label(shape)}", row.get(shapes.SMALL_GATE)
+    for step, row in record.get("step_ms", {}).items():
+        for state_dtype in shapes.STATE_BYTES:
+            label = f"step, {shapes.step_label(step)}, {state_dtype} states"
+            walls[f"{step} {state_dtype}"] = label, row[state_dtype]
+    rows = []
+    for name, times in record.get("kernels_ms", {}).items():
+        label, wall = walls[name]
+        rows.append([label, *(f"{ms:.4f}" for ms in (wall, times["busy"], times["sum"]))])
+    return markdown(titles, rows)
+
+
 def _line(record, op, work, H, packed=False) -> dict:
     """Milliseconds by T."""
     wanted = {"op": op, "work": work, "H": H, "packed": packed}
@@ -231,6 +248,7 @@ PARTS = {
     "forward": forward,
     "training": training,
     "steps": steps,
+    "small": small,
     "who_wins": who_wins,
     "over_t_forward": lambda record: over_t(record, "forward"),
     "over_t_training": lambda record: over_t(record, "training"),

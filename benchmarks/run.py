@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,14 +33,12 @@ from lines import lines_of
 from shapes import (
     GATES,
     SHAPES,
+    SMALL_GATE,
     STATE_BYTES,
     STEPS,
     TRAINING_GATES,
     TRAINING_SHAPES,
-    D,
     floor_ms,
-    rounds,
-    state_bytes,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,8 +71,10 @@ def check() -> str | None:
 # timing
 
 
-def time_forward(names, keep):
-    """Milliseconds of the op by shape and gate, and the floor; `keep` gets what there is so far."""
+def time_forward(names, keep, kernel_runs):
+    """Milliseconds of the op by shape and gate, and the floor; `keep` gets what there is so far,
+    `kernel_runs` what a profile is to look at once all is timed.
+    """
     import timing
 
     gates = [gate for gate in GATES if gate.endswith("slow")]  # fast ones make the same programs
@@ -90,7 +89,10 @@ def time_forward(names, keep):
         row = {}
         for gate in GATES:
             inputs = timing.forward_inputs(SHAPES[name], gate)
-            row[gate] = round(timing.median_ms(programs[name, gate.split()[0]], inputs), 4)
+            program = programs[name, gate.split()[0]]
+            row[gate] = round(timing.median_ms(program, inputs), 4)
+            if row[gate] < timing.SMALL_MS and gate == SMALL_GATE:
+                kernel_runs[name] = timing.unrolled_run(program, inputs)
         results[name] = row | {"floor": round(floor_ms(name), 4)}
         keep(forward_ms=results)
         print(name, results[name], flush=True)
@@ -125,58 +127,31 @@ def time_training(names, keep):
     return results
 
 
-def time_step(name, state_dtype) -> float:
-    """One decode step of 32 in one program, in place, on states in rotation that exceed the L2."""
-    import jax
-    import jax.numpy as jnp
-    from timing import L2_BYTES, UNROLLED
+def time_steps(kernel_runs) -> dict:
+    """Milliseconds of a decode step by shape and type of the state."""
+    from steps import Steps
 
-    import jax_flashkda
-
-    N, H, T = STEPS[name]
-    keys = jax.random.split(jax.random.key(0), 5)
-    q, k, v, g = (jax.random.normal(key, (N, T, H, D), jnp.bfloat16) for key in keys[:4])
-    tokens = dict(q=q, k=k, v=v, g=g, beta=jax.random.normal(keys[4], (N, T, H), jnp.bfloat16))
-    tokens |= dict(A_log=jnp.zeros(H), dt_bias=jnp.full((H, D), -4.0))
-    bytes_of_one = N * H * D * D * jnp.dtype(state_dtype).itemsize
-    make = lambda seed: jax.random.normal(jax.random.key(seed), (N, H, D, D), state_dtype)
-    states = [make(seed) for seed in range(min(UNROLLED, rounds(bytes_of_one, L2_BYTES) + 1))]
-    options = dict(gate="softplus", beta_is_logits=True, qk_l2norm=True, implementation="cuda")
-
-    def several(states, tokens):
-        states, outputs = list(states), []
-        for i in range(UNROLLED):
-            at = i % len(states)
-            o, states[at] = jax_flashkda.kimi_delta_attention_step(
-                **tokens, state=states[at], **options
-            )
-            outputs.append(o)
-        return states, outputs
-
-    compiled = jax.jit(several, donate_argnums=0).lower(states, tokens).compile()
-    assert "jax_flashkda.step" in compiled.as_text()
-    programs, times = 4, []
-    for _ in range(12):
-        jax.block_until_ready(states)
-        start = time.perf_counter()
-        for _ in range(programs):  # the next one is prepared while this one runs
-            states, outputs = compiled(states, tokens)
-        jax.block_until_ready((states, outputs))
-        times.append((time.perf_counter() - start) * 1e3 / (programs * UNROLLED))
-    return statistics.median(times[3:])
-
-
-def time_steps() -> dict:
-    """Milliseconds of a decode step by shape and type of the state, and TB/s of states moved."""
     results = {}
     for name in STEPS:
-        row = {}
+        results[name] = {}
         for state_dtype in STATE_BYTES:
-            ms = time_step(name, state_dtype)
-            row[state_dtype] = round(ms, 5)
-            row[f"{state_dtype}, TB/s"] = round(state_bytes(name, state_dtype) / ms * 1e-9, 3)
-        results[name] = row
-        print("step", name, row, flush=True)
+            steps = Steps(name, state_dtype)
+            results[name][state_dtype] = round(steps.ms(), 5)
+            kernel_runs[f"{name} {state_dtype}"] = steps.run
+        print("step", name, results[name], flush=True)
+    return results
+
+
+def time_kernels(kernel_runs) -> dict:
+    """The kernels of small calls, which were timed 32 in a program, by what a profile says."""
+    import kernels
+    import timing
+
+    results = {}
+    for name, run in kernel_runs.items():
+        found = kernels.kernel_ms(run, timing.UNROLLED)
+        results[name] = {what: round(ms, 5) for what, ms in found.items()}
+        print("kernels", name, results[name], flush=True)
     return results
 
 
@@ -325,12 +300,16 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = "1"  # of this process, before JAX starts
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only_steps:
-        print(report.steps({"step_ms": time_steps()}))
+        runs = {}
+        steps = {"step_ms": time_steps(runs), "kernels_ms": time_kernels(runs)}
+        print(report.steps(steps), report.small(steps), sep="\n\n")
         return
     record = {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     if options.only:
-        record["forward_ms"] = time_forward(options.only, lambda **_: None)
+        runs = {}
+        record["forward_ms"] = time_forward(options.only, lambda **_: None, runs)
         record["training_ms"] = time_training(options.only, lambda **_: None)
+        record["kernels_ms"] = time_kernels(runs)
         time_softmax(record, options.only, options.softmax_seconds)
         if peer_seconds > 0:
             time_peers(record, peer_seconds)
@@ -354,9 +333,12 @@ def main():
         tests.start()
         if not options.beside:
             tests.join()
-    whole = attempt(time_forward, list(SHAPES), keep)
-    whole &= attempt(lambda: keep(step_ms=time_steps()))
+    runs = {}
+    whole = attempt(time_forward, list(SHAPES), keep, runs)
+    whole &= attempt(lambda: keep(step_ms=time_steps(runs)))
     whole &= attempt(time_training, list(TRAINING_SHAPES), keep)
+    whole &= attempt(lambda: keep(kernels_ms=time_kernels(runs)))  # after all that is timed here
+    runs.clear()
     whole &= attempt(lambda: keep(over_t=time_softmax(record, [], options.softmax_seconds)))
     if options.beside and not options.no_tests:
         tests.join()

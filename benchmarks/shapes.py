@@ -20,6 +20,7 @@ SHAPES = {
 }
 TRAINING_SHAPES = (*list(SHAPES)[:8], "t2k_h96")
 GATES = ("bounded fast", "bounded slow", "softplus fast", "softplus slow")
+SMALL_GATE = "bounded fast"  # with which the kernels of small calls are looked at
 TRAINING_GATES = ("bounded fast", "bounded slow", "softplus slow")
 
 # The decode step: (sequences, heads, tokens).

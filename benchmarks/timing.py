@@ -101,13 +101,13 @@ class Inputs:
 class Program:
     """A function of one argument, compiled, and 32 of its calls in one program."""
 
-    def __init__(self, function, make, target=None):
-        """make: from a seed to the argument. target: the custom call that must be in it."""
+    def __init__(self, function, make, must_hold=None):
+        """make: from a seed to the argument. must_hold: the custom call that has to be in it."""
         self._function = function
         self._argument = jax.eval_shape(lambda: make(0))
         self._lowered = jax.jit(function).lower(self._argument)
         # The kernels, and nothing else, are timed.
-        assert target is None or target in self._lowered.as_text()
+        assert must_hold is None or must_hold in self._lowered.as_text()
 
     def compile(self):
         _ = self.call
@@ -155,7 +155,7 @@ def _options(gate):
     )
 
 
-def _target(stage):
+def target(stage):
     return f"jax_flashkda.{stage}" if IMPLEMENTATION == "cuda" else None
 
 
@@ -163,7 +163,7 @@ def forward_program(dims, gate) -> Program:
     def forward(arrays):
         return jax_flashkda.kimi_delta_attention(**arrays, **_options(gate))
 
-    return Program(forward, lambda seed: make_inputs(dims, gate, seed), _target("forward"))
+    return Program(forward, lambda seed: make_inputs(dims, gate, seed), target("forward"))
 
 
 def forward_inputs(dims, gate) -> Inputs:
@@ -194,7 +194,7 @@ def training_program(dims, gate) -> Program:
         o, vjp = jax.vjp(attend, floats)
         return o, vjp(d_o)
 
-    return Program(train, _with_cotangent(dims, gate), _target("backward"))
+    return Program(train, _with_cotangent(dims, gate), target("backward"))
 
 
 def training_inputs(dims, gate) -> Inputs:
@@ -211,7 +211,7 @@ def median_ms(program, inputs, repeats=7) -> float:
     return one if one >= SMALL_MS else _unrolled_ms(program, inputs, repeats)
 
 
-def _median_of(run, repeats):
+def median_of(run, repeats):
     """`run(n)`: n of something in a row. Milliseconds of one."""
 
     def timed(n):
@@ -232,16 +232,21 @@ def _single_ms(call, sets, repeats):
             result = call(sets[i % len(sets)])
         return result
 
-    return _median_of(run, repeats)
+    return median_of(run, repeats)
 
 
 def _unrolled_ms(program, inputs, repeats):
+    return median_of(unrolled_run(program, inputs), repeats) / UNROLLED
+
+
+def unrolled_run(program, inputs):
+    """A function of n that runs the program of 32 calls n times in a row."""
     sets, spent = inputs.first(UNROLLED), program.nothing_spent()
 
-    def run(n):
+    def run(n=1):
         nonlocal spent
         for _ in range(n):
             spent = program.unrolled(spent, sets)
         return spent
 
-    return _median_of(run, repeats) / UNROLLED
+    return run

@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +80,47 @@ def test_unrolled_calls_keep_their_addresses(timing):
         assert addresses(spent) == first
     for x, result in zip(sets, spent, strict=True):
         np.testing.assert_array_equal(result["twice"], 2 * x)
+
+
+def test_decode_steps_run_in_place(timing, monkeypatch):
+    steps = importlib.import_module("steps")
+    monkeypatch.setitem(steps.STEPS, "tiny", (1, 1, 1))
+    monkeypatch.setattr(steps, "UNROLLED", 3)
+    tiny = steps.Steps("tiny", "float32")
+    addresses = lambda: [
+        x.unsafe_buffer_pointer() for x in jax.tree.leaves((tiny.states, tiny.outputs))
+    ]
+    first = addresses()
+    assert tiny.ms() > 0
+    assert addresses() == first
+
+
+def profile(*lines):
+    """What a profile looks like: planes of lines of events."""
+    space = types.SimpleNamespace
+    events = lambda spans: [space(start_ns=a, duration_ns=b - a) for a, b in spans]
+    planes = {}
+    for plane, line, spans in lines:
+        planes.setdefault(plane, []).append(space(name=line, events=events(spans)))
+    return space(planes=[space(name=name, lines=lines) for name, lines in planes.items()])
+
+
+def test_kernel_times(timing):
+    kernels = importlib.import_module("kernels")
+    spans = kernels.gpu_spans(
+        profile(
+            ("/host:CPU", "Stream of thoughts", [(0, 999)]),
+            ("/device:GPU:0", "Stream #14(Compute)", [(10, 30), (20, 25), (40, 50)]),
+            ("/device:GPU:0", "Stream #15(MemcpyD2D)", [(28, 45)]),
+            ("/device:GPU:0", "XLA Ops", [(0, 500)]),
+        )
+    )
+    assert sum(end - start for start, end in spans) == 20 + 5 + 10 + 17
+    assert kernels.covered(spans) == 40
+    assert kernels.covered([]) == 0
+
+
+def test_a_profile_without_a_gpu_says_so(timing):
+    kernels = importlib.import_module("kernels")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        kernels.kernel_ms(lambda: jnp.ones(3) + 1, 1)

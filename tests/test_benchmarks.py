@@ -61,6 +61,8 @@ def test_the_plots_of_a_whole_record_can_be_drawn(report):
     record = over_t(report, kda=15.0, attention=0.005) | {
         "forward_ms": dict.fromkeys(report.shapes.SHAPES, gates),
         "training_ms": dict.fromkeys(report.shapes.TRAINING_SHAPES, training),
+        "step_ms": {"n1_h32": {"float32": 0.0044, "bfloat16": 0.0044}},
+        "kernels_ms": dict.fromkeys(["t2k_h12", "n1_h32 bfloat16"], {"sum": 0.12, "busy": 0.1}),
     }
     for draw in report.plots(record).values():
         for axes in draw().axes:
@@ -69,6 +71,7 @@ def test_the_plots_of_a_whole_record_can_be_drawn(report):
     tables = report.table(record)
     for shape in report.shapes.SHAPES:
         assert report.shapes.label(shape) in tables
+    assert "| step, N 1, 32 heads, bfloat16 states | 0.0044 | 0.1000 | 0.1200 |" in tables
 
 
 def test_shapes_have_names_of_their_own(report):

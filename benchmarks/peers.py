@@ -7,27 +7,44 @@ minutes or ends the process costs a line in the record and nothing else. Inputs 
 (`make_inputs` of timing.py), handed over on the GPU. Peers in Torch are timed by CUDA events over
 calls in a row, so where a peer's host side is slower than its kernels the host is what is timed.
 
-FLA compiles and tunes its kernels at the first call of a shape, which can take minutes: give it
-time (--peer-seconds of run.py) or a warm Triton cache.
+FLA compiles and tunes its kernels at the first call of a shape, which takes a minute and more: give
+it time (--peer-seconds of run.py) or a warm Triton cache.
 
 Written against fla-core 0.6.0, nvidia-cudnn-frontend 1.32.0, tokamax 0.0.17 and FlashKDA's
-flash_kda.fwd. Another version may take other arguments; the line in the record then says so.
+flash_kda.fwd. Another version may take other arguments; the line in the record then says so. What
+they need beyond JAX and PyTorch, on a machine that reaches no package index: fla-core needs einops;
+nvidia-cudnn-frontend cuda-bindings (its Hopper kernels are compiled by NVRTC, without
+nvidia-cutlass-dsl); tokamax einshape, immutabledict, jaxtyping, pydantic (with pydantic-core,
+annotated-types, typing-inspection) and qwix.
 """
 
+import importlib.util
 import math
 import statistics
 import sys
+import time
+import types
+from typing import NamedTuple
 
 from lines import in_words, lines_of, say
 from shapes import SHAPES, D
 
-# name: (what of the work it does, gates it is timed with). "raw": the norms of q and k, the gate
-# and the sigmoid of beta are its own work, as they are the op's.
+_MAIN = tuple(SHAPES)[:7]
+_ONE = _MAIN[:1]
+
+
+class Peer(NamedTuple):
+    work: str  # what of the work it does. "raw": the norms, the gate and the sigmoid are its own
+    gates: tuple[str, ...]
+    seconds: int  # that it may take, all shapes together; in its place once others are done
+    shapes: tuple[str, ...]  # one where a shape takes long to compile or to run
+
+
 PEERS = {
-    "fla": ("raw", ("softplus fast", "bounded fast")),
-    "flash_kda": ("raw; bf16 state", ("bounded fast",)),
-    "cudnn": ("raw", ("bounded fast", "bounded slow")),
-    "tokamax": ("raw, but beta after its sigmoid", ("bounded fast",)),
+    "cudnn": Peer("raw", ("bounded fast", "bounded slow"), 30, _MAIN),
+    "flash_kda": Peer("raw; bf16 state", ("bounded fast",), 15, _MAIN),
+    "tokamax": Peer("raw, but beta after its sigmoid", ("bounded fast",), 25, _ONE),
+    "fla": Peer("raw", ("softplus fast",), 60, _ONE),
 }
 LOWER_BOUND = -5.0
 
@@ -54,7 +71,7 @@ def _events_ms(call) -> float:
 
     times = []
     with torch.no_grad():
-        for _ in range(12):
+        for _ in range(9):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for i in range(10):
@@ -112,6 +129,7 @@ def time_cudnn(shape, gate) -> float:
 
 def time_tokamax(shape, gate) -> float:
     """Its chunked form in JAX; inputs in its own layout, heads first."""
+    _without_xprof()
     import jax
     import jax.numpy as jnp
     import timing
@@ -150,6 +168,17 @@ def time_tokamax(shape, gate) -> float:
     return timing.median_ms(timing.Program(call, make), inputs, repeats=3)
 
 
+def _without_xprof():
+    """tokamax imports a profile viewer for a timer of its own, which is not used here."""
+    if "xprof" not in sys.modules and importlib.util.find_spec("xprof") is None:
+        path = "xprof"
+        for part in ("", ".cli", ".tools", ".get_kernel_stats_tool"):
+            path += part
+            sys.modules[path] = types.ModuleType(path)
+            if part:
+                setattr(sys.modules[path.rpartition(".")[0]], part[1:], sys.modules[path])
+
+
 def _refuse_grouped_heads(shape):
     _, _, H, HV, _ = SHAPES[shape]
     if H != HV:
@@ -163,9 +192,21 @@ def column(peer, gate) -> str:
 def time_peer(peer, names, seconds) -> dict:
     """{shape: {column: milliseconds, or why there are none}}, by a process of its own."""
     found, ended = lines_of("peers.py", [peer, *names], seconds, "peer")
-    results = {name: {column(peer, gate): ended for gate in PEERS[peer][1]} for name in names}
+    results = {name: {column(peer, gate): ended for gate in PEERS[peer].gates} for name in names}
     for line in found:
         results[line["shape"]][column(peer, line["gate"])] = line["result"]
+    return results
+
+
+def time_all(names, seconds) -> dict:
+    """All peers within `seconds`: each has what it may take, the last what is left."""
+    results, end = {name: {} for name in names}, time.monotonic() + seconds
+    for name, peer in PEERS.items():
+        left = max(0, int(end - time.monotonic()))
+        wanted = [shape for shape in names if shape in peer.shapes]
+        limit = left if peer is list(PEERS.values())[-1] else min(left, peer.seconds)
+        for shape, times in time_peer(name, wanted, limit).items():
+            results[shape] |= times
     return results
 
 
@@ -178,7 +219,7 @@ def main():
         "tokamax": time_tokamax,
     }[peer]
     for shape in shapes or SHAPES:
-        for gate in PEERS[peer][1]:
+        for gate in PEERS[peer].gates:
             try:
                 ms = time_one(shape, gate)
                 result = round(ms, 4) if math.isfinite(ms) else f"took {ms} ms"

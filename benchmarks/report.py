@@ -232,14 +232,16 @@ def sources(record) -> str:
     """Who the peers are, and why some were not timed in this record."""
     lines = [f"* {name}: {what}." for name, what in known.NAMES.items()]
     rows = record.get("forward_ms", {})
-    for name, (work, gates) in peers.PEERS.items():
-        for gate in gates:
+    for name, who in peers.PEERS.items():
+        for gate in who.gates:
             column = peers.column(name, gate)
             reasons = sorted(
                 {row[column] for row in rows.values() if isinstance(row.get(column), str)}
             )
             if reasons:
-                lines.append(f"* {name} ({work}), {gate}, in this record: {'; '.join(reasons)}.")
+                lines.append(
+                    f"* {name} ({who.work}), {gate}, in this record: {'; '.join(reasons)}."
+                )
     return "\n".join(lines)
 
 

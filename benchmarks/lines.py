@@ -14,10 +14,9 @@ FOLDER = Path(__file__).resolve().parent
 def lines_of(program, arguments, seconds, name):
     """What the lines `{name: ..}` hold, and how the process ended."""
     command = [sys.executable, str(FOLDER / program), *arguments]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=errors, start_new_session=True
+            command, env=of_another_process(), stdout=output, stderr=errors, start_new_session=True
         )
         try:
             ended = f"the process ended with status {process.wait(max(seconds, 0))}"
@@ -38,6 +37,13 @@ def lines_of(program, arguments, seconds, name):
         except ValueError:  # it was stopped within the line
             break
     return found, ended
+
+
+def of_another_process() -> dict:
+    """The environment, without this process's own share of the GPU's memory."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+    return environment
 
 
 def say(name, what):

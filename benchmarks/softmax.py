@@ -28,6 +28,7 @@ SOFTMAX_AT_MOST_T = {"forward": 65536, "training": 32768}  # beyond, a call take
 LONG = {"forward": 32, "training": 16}  # heads with which rows of LONG_T are compared
 LONG_T = dict.fromkeys((65536, 2**20))
 GATE = "bounded slow"
+BATCH = 16  # rows that are compiled together, and then timed
 
 
 def dims_of(heads, T, packed=False):
@@ -129,35 +130,44 @@ def main():
     names = sys.argv[1:]
     rows = plan_shapes(names) if names else plan_shapes(SHAPES) + plan_over_t()
     reserve_memory()
-    import timing
-
-    made = [programs(row) for row in rows]
-    for row, program in zip(rows, _compile(program for program, _ in made), strict=True):
-        row["error"] = program if isinstance(program, str) else None
-    for row, (program, inputs) in zip(rows, made, strict=True):
-        error = row.pop("error")
-        if error is None:
-            try:
-                row["ms"] = round(timing.median_ms(program, inputs, repeats=5), 4)
-            except Exception as failure:  # a line of the record, whatever it is
-                error = in_words(failure)
-        if error is not None:
-            row["error"] = error
-        inputs.drop()
-        say("softmax", row)
+    for first in range(0, len(rows), BATCH):
+        for row, made in _compiled(rows[first : first + BATCH]):
+            say("softmax", row | _timed(*made))
 
 
-def _compile(all_programs):
-    """Each program compiled, or why not."""
+def _compiled(rows):
+    """Each row with its program and inputs, or with why there is none; compiled side by side."""
 
-    def one(program):
+    def compiled(made):
         try:
-            return program.compile()
+            if made[0] is not None:
+                made[0].compile()
+            return made
         except Exception as failure:
-            return in_words(failure)
+            return None, in_words(failure)
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(one, all_programs))
+        return list(zip(rows, pool.map(compiled, map(_made, rows)), strict=True))
+
+
+def _made(row):
+    try:
+        return programs(row)
+    except Exception as failure:  # a line of the record, whatever it is
+        return None, in_words(failure)
+
+
+def _timed(program, inputs) -> dict:
+    import timing
+
+    if program is None:
+        return {"error": inputs}
+    try:
+        return {"ms": round(timing.median_ms(program, inputs), 4)}
+    except Exception as failure:
+        return {"error": in_words(failure)}
+    finally:
+        inputs.drop()
 
 
 if __name__ == "__main__":

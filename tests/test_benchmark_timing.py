@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import COMPILE_QUICKLY
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 DIMS = (2, 64, 1, 2, None)
@@ -19,24 +20,30 @@ def timing(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     timing = importlib.import_module("timing")
     monkeypatch.setattr(timing, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(timing, "COMPILER_OPTIONS", COMPILE_QUICKLY)
     monkeypatch.setattr(timing, "REPEAT_MS", 0.01)
     monkeypatch.setattr(timing, "UNROLLED", 2)
+    monkeypatch.setattr(timing, "POOL", 2**18)
     return timing
 
 
 @pytest.mark.parametrize("work, dims", [("forward", PACKED), ("training", DIMS)])
-def test_programs_run(timing, work, dims):
+def test_programs_run(timing, work, dims, monkeypatch):
+    if work == "training":  # compiles for long: one call in a program will do
+        monkeypatch.setattr(timing, "SMALL_MS", 0)
     program = getattr(timing, f"{work}_program")(dims, "bounded slow")
     inputs = getattr(timing, f"{work}_inputs")(dims, "bounded slow")
     assert timing.median_ms(program, inputs, repeats=1) > 0
     assert program.temporary_bytes > 0
 
 
-def test_softmax_attention_runs(timing):
-    softmax, dims = importlib.import_module("softmax"), (1, 16, 2, 2, None)
-    program = softmax.softmax_program(dims, training=True)
-    inputs = softmax.softmax_inputs(dims, training=True)
-    assert timing.median_ms(program, inputs, repeats=1) > 0
+def test_softmax_attention_runs_and_failures_are_lines(timing, monkeypatch):
+    softmax = importlib.import_module("softmax")
+    monkeypatch.setitem(softmax.SHAPES, "tiny", (1, 16, 2, 2, None))
+    rows = [{"op": "softmax", "work": "training", "shape": name} for name in ("tiny", "missing")]
+    (_, good), (row, bad) = softmax._compiled(rows)
+    assert softmax._timed(*good)["ms"] > 0
+    assert row is rows[1] and softmax._timed(*bad) == {"error": "KeyError: 'missing'"}
 
 
 def test_the_plan_has_everything(timing):
@@ -53,12 +60,20 @@ def test_the_plan_has_everything(timing):
 
 
 def test_gates_are_as_fast_as_they_say(timing):
-    decay = lambda gate: float(
-        -5 * jnp.mean(jax.nn.sigmoid(jnp.exp(x["A_log"])[:, None] * (x["g"] + x["dt_bias"])))
-        if (x := timing.make_inputs(DIMS, gate, 0))
-        else 0
-    )
-    assert decay("bounded fast") < -2 and -0.05 < decay("bounded slow") < -0.01
+    def log_decay(gate):
+        x = timing.make_inputs(DIMS, gate, 0)
+        raw = jnp.exp(x["A_log"])[:, None] * (x["g"] + x["dt_bias"])
+        return float(-5 * jnp.mean(jax.nn.sigmoid(raw)))
+
+    assert log_decay("bounded fast") < -2 and -0.05 < log_decay("bounded slow") < -0.01
+
+
+def test_inputs_differ(timing):
+    """Equal calls in one program would be one call."""
+    sets = [timing.make_inputs(DIMS, "bounded fast", seed) for seed in range(8)]
+    for name in ("q", "k", "v", "g"):
+        assert len({float(x[name][0, 0, 0, 0]) for x in sets}) > 6
+    assert (sets[0]["q"] != sets[0]["k"]).any()
 
 
 def test_long_rows_repeat_their_start(timing, monkeypatch):
@@ -86,7 +101,7 @@ def test_decode_steps_run_in_place(timing, monkeypatch):
     steps = importlib.import_module("steps")
     monkeypatch.setitem(steps.STEPS, "tiny", (1, 1, 1))
     monkeypatch.setattr(steps, "UNROLLED", 3)
-    tiny = steps.Steps("tiny", "float32")
+    tiny = steps.Steps("tiny", "float32").compile()
     addresses = lambda: [
         x.unsafe_buffer_pointer() for x in jax.tree.leaves((tiny.states, tiny.outputs))
     ]

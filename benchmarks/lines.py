@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+ENDED_WELL = "the process ended with status 0"
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -26,7 +27,7 @@ def lines_of(program, arguments, seconds, name):
             ended = f"not reached within {seconds} s"
         output.seek(0), errors.seek(0)
         marked = [line for line in output if line.startswith(f'{{"{name}"')]
-        if "status" in ended:
+        if "status" in ended and ended != ENDED_WELL:
             words = errors.read().strip().splitlines()
             words = [line for line in words if "Error" in line] or words
             ended = " ".join([ended, *words[-1:]])[:200]

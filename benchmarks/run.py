@@ -29,7 +29,7 @@ from pathlib import Path
 
 import peers
 import report
-from lines import lines_of, of_another_process
+from lines import ENDED_WELL, lines_of, of_another_process
 from shapes import (
     GATES,
     SHAPES,
@@ -142,7 +142,7 @@ def time_steps(kernel_runs) -> dict:
     return results
 
 
-def time_kernels(kernel_runs) -> dict:
+def time_kernels(record, kernel_runs):
     """The kernels of small calls, which were timed 32 in a program, by what a profile says."""
     import kernels
     import timing
@@ -156,20 +156,25 @@ def time_kernels(kernel_runs) -> dict:
             continue
         results[name] = {what: round(ms, 5) for what, ms in found.items()}
         print("kernels", name, results[name], flush=True)
-    return results
+    record["kernels_ms"] = results
+    if len(results) < len(kernel_runs):
+        raise RuntimeError(f"profiles of {len(kernel_runs) - len(results)} calls failed")
 
 
-def time_softmax(record, names, seconds) -> list[dict]:
+def time_softmax(record, names, seconds):
     """Softmax attention of these shapes (or all) into the rows of the record. Without names also
     softmax attention and the op over T.
     """
     found, ended = lines_of("softmax.py", names, seconds, "softmax")
+    print(*found, sep="\n", flush=True)
     for line in found:
         row = record.get(f"{line['work']}_ms", {}).get(line.get("shape"))
         if row is not None:
             row["softmax attention"] = line.get("ms", line.get("error"))
-    print("softmax:", ended, *found, sep="\n", flush=True)
-    return [line for line in found if "shape" not in line]
+    if not names:
+        record["over_t"] = [line for line in found if "shape" not in line]
+    if ended != ENDED_WELL:
+        raise RuntimeError(f"softmax.py: {ended}")
 
 
 def time_peers(record, seconds):
@@ -215,14 +220,17 @@ def run_tests(arguments, gpus=None) -> dict:
     return counts | {"status": status, "failed": failed, "seconds": float(suite.get("time", 0))}
 
 
-def attempt(part, *arguments) -> bool:
+def attempt(name, part) -> bool:
     """Whether it went well: the rest of a run is worth having without one of its parts."""
+    start = time.monotonic()
     try:
-        part(*arguments)
+        part()
         return True
     except Exception:
         traceback.print_exc()
         return False
+    finally:
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def versions() -> dict:
@@ -304,7 +312,8 @@ def main():
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only_steps:
         runs = {}
-        steps = {"step_ms": time_steps(runs), "kernels_ms": time_kernels(runs)}
+        steps = {"step_ms": time_steps(runs)}
+        attempt("kernels", lambda: time_kernels(steps, runs))
         print(report.steps(steps), report.small(steps), sep="\n\n")
         return
     record = {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
@@ -312,8 +321,9 @@ def main():
         runs = {}
         record["forward_ms"] = time_forward(options.only, lambda **_: None, runs)
         record["training_ms"] = time_training(options.only, lambda **_: None)
-        record["kernels_ms"] = time_kernels(runs)
-        time_softmax(record, options.only, options.softmax_seconds)
+        attempt("kernels", lambda: time_kernels(record, runs))
+        softmax = lambda: time_softmax(record, options.only, options.softmax_seconds)
+        attempt("softmax attention", softmax)
         if peer_seconds > 0:
             time_peers(record, peer_seconds)
         print(report.table(record))
@@ -337,18 +347,21 @@ def main():
         if not options.beside:
             tests.join()
     runs = {}
-    whole = attempt(time_forward, list(SHAPES), keep, runs)
-    whole &= attempt(lambda: keep(step_ms=time_steps(runs)))
-    whole &= attempt(time_training, list(TRAINING_SHAPES), keep)
-    whole &= attempt(lambda: keep(kernels_ms=time_kernels(runs)))  # after all that is timed here
+    whole = attempt("forward", lambda: time_forward(list(SHAPES), keep, runs))
+    whole &= attempt("steps", lambda: keep(step_ms=time_steps(runs)))
+    whole &= attempt("training", lambda: time_training(list(TRAINING_SHAPES), keep))
+    # A profile may slow down what comes after it: once all else here is timed.
+    whole &= attempt("kernels", lambda: time_kernels(record, runs))
     runs.clear()
-    whole &= attempt(lambda: keep(over_t=time_softmax(record, [], options.softmax_seconds)))
+    softmax = lambda: time_softmax(record, [], options.softmax_seconds)
+    whole &= attempt("softmax attention", softmax)
+    keep()
     if options.beside and not options.no_tests:
         tests.join()
         several = [*options.pytest, "-k", "test_sharded or test_another_device_first"]
         keep(tests_of_two_gpus=run_tests(several, "0,1"))
     if peer_seconds > 0:
-        whole &= attempt(time_peers, record, peer_seconds)
+        whole &= attempt("peers", lambda: time_peers(record, peer_seconds))
         keep()
     print(json.dumps({name: record.get(name) for name in ("versions", "tests")}))
     print(report.table(record))

@@ -82,10 +82,11 @@ def forward(record) -> str:
 
 def training(record) -> str:
     titles = ["forward and backward", "bounded gate", "softplus gate, slow", *_PEER_TITLES]
-    titles += ["floor", "temporaries, MiB"]
+    titles += ["floor", "temporaries, MiB", "of peers"]
     rows = []
     for shape, row in record.get("training_ms", {}).items():
         earlier = known.TRAINING_MS.get(shape, {})
+        peers_mib = known.TRAINING_MIB.get(shape, {})
         rows.append(
             [
                 shapes.label(shape),
@@ -93,7 +94,8 @@ def training(record) -> str:
                 own(row, "softplus slow"),
                 *_peer_cells(row, earlier),
                 number(shapes.floor_ms(shape, training=True)),
-                str(row["temporaries, MiB"]),
+                f"{row['temporaries, MiB']:,}",
+                ", ".join(f"*{name} {mib:,}*" for name, mib in peers_mib.items()),
             ]
         )
     return markdown(titles, rows)

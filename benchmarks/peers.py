@@ -4,33 +4,47 @@
 
 Each peer runs in a process of its own under a time limit: one that is missing, fails, compiles for
 minutes or ends the process costs a line in the record and nothing else. Inputs are those of the op
-(`make_inputs` of run.py), handed over on the GPU. Peers in Torch are timed by CUDA events over
+(`make_inputs` of timing.py), handed over on the GPU. Peers in Torch are timed by CUDA events over
 calls in a row, so where a peer's host side is slower than its kernels the host is what is timed.
 
-FLA compiles and tunes its kernels at the first call of a shape, which can take minutes: give it
-time (--peer-seconds of run.py) or a warm Triton cache.
+FLA compiles and tunes its kernels at the first call of a shape, which takes a minute and more: give
+it time (--peer-seconds of run.py) or a warm Triton cache.
 
 Written against fla-core 0.6.0, nvidia-cudnn-frontend 1.32.0, tokamax 0.0.17 and FlashKDA's
-flash_kda.fwd. Another version may take other arguments; the line in the record then says so.
+flash_kda.fwd. Another version may take other arguments; the line in the record then says so. What
+they need beyond JAX and PyTorch, on a machine that reaches no package index: fla-core needs einops;
+nvidia-cudnn-frontend cuda-bindings (its Hopper kernels are compiled by NVRTC, without
+nvidia-cutlass-dsl); tokamax einshape, immutabledict, jaxtyping, pydantic (with pydantic-core,
+annotated-types, typing-inspection) and qwix.
 """
 
-import json
+import importlib.util
 import math
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+import time
+import types
+from typing import NamedTuple
 
-# name: (what of the work it does, gates it is timed with). "raw": the norms of q and k, the gate
-# and the sigmoid of beta are its own work, as they are the op's.
+from lines import in_words, lines_of, say
+from shapes import SHAPES, D
+
+_MAIN = tuple(SHAPES)[:7]
+_ONE = _MAIN[:1]
+
+
+class Peer(NamedTuple):
+    work: str  # what of the work it does. "raw": the norms, the gate and the sigmoid are its own
+    gates: tuple[str, ...]
+    seconds: int  # that it may take, all shapes together; in its place once others are done
+    shapes: tuple[str, ...]  # one where a shape takes long to compile or to run
+
+
 PEERS = {
-    "fla": ("raw", ("softplus fast", "bounded fast")),
-    "flash_kda": ("raw; bf16 state", ("bounded fast",)),
-    "cudnn": ("raw", ("bounded fast", "bounded slow")),
-    "tokamax": ("raw, but beta after its sigmoid", ("bounded fast",)),
+    "cudnn": Peer("raw", ("bounded fast", "bounded slow"), 30, _MAIN),
+    "flash_kda": Peer("raw; bf16 state", ("bounded fast",), 15, _MAIN),
+    "tokamax": Peer("raw, but beta after its sigmoid", ("bounded fast",), 25, _ONE),
+    "fla": Peer("raw", ("softplus fast",), 60, _ONE),
 }
 LOWER_BOUND = -5.0
 
@@ -38,16 +52,16 @@ LOWER_BOUND = -5.0
 def _torch_inputs(shape, gate):
     """Two sets as Torch tensors [B, T, heads, D], and the borders of the segments or None."""
     import numpy as np
-    import run
     import torch
+    from timing import make_inputs
 
     sets = []
     for seed in range(2):
-        arrays = run.make_inputs(shape, gate, seed)
+        arrays = make_inputs(SHAPES[shape], gate, seed)
         arrays.pop("segment_ids", None)
         # Copies: these outlive the JAX arrays.
         sets.append({name: torch.from_dlpack(x).clone() for name, x in arrays.items()})
-    lengths = run.SHAPES[shape][4]
+    lengths = SHAPES[shape][4]
     return sets, None if lengths is None else torch.tensor([0, *np.cumsum(lengths)], device="cuda")
 
 
@@ -57,7 +71,7 @@ def _events_ms(call) -> float:
 
     times = []
     with torch.no_grad():
-        for _ in range(12):
+        for _ in range(9):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for i in range(10):
@@ -115,19 +129,19 @@ def time_cudnn(shape, gate) -> float:
 
 def time_tokamax(shape, gate) -> float:
     """Its chunked form in JAX; inputs in its own layout, heads first."""
+    _without_xprof()
     import jax
     import jax.numpy as jnp
-    import run
+    import timing
     from tokamax.ops import kimi_delta_attention
 
     _refuse_grouped_heads(shape)
-    B, T, H, _, lengths = run.SHAPES[shape]
-    options = dict(scale=run.D**-0.5, use_qk_l2norm=True, use_gate_in_kernel=True)
+    B, T, H, _, lengths = SHAPES[shape]
+    options = dict(scale=D**-0.5, use_qk_l2norm=True, use_gate_in_kernel=True)
     options |= dict(lower_bound=LOWER_BOUND, implementation="xla_chunked")
     if lengths is not None:
         options["max_num_segments"] = len(lengths)
 
-    @jax.jit
     def call(arrays):
         return kimi_delta_attention(**arrays, **options)[0]
 
@@ -136,7 +150,7 @@ def time_tokamax(shape, gate) -> float:
         return jnp.moveaxis(x, 2, 0)
 
     def make(seed):
-        arrays = run.make_inputs(shape, gate, seed)
+        arrays = timing.make_inputs(SHAPES[shape], gate, seed)
         made = {
             "query": heads_first(arrays["q"]),
             "key": heads_first(arrays["k"]),
@@ -148,15 +162,25 @@ def time_tokamax(shape, gate) -> float:
         }
         if lengths is not None:
             made["segment_ids"] = arrays["segment_ids"]
-        return jax.block_until_ready(made)
+        return made
 
-    return run.median_ms(call, run.input_sets(make, 5 * B * T * H * run.D * 2), repeats=3)
+    inputs = timing.Inputs(make, 5 * B * T * H * D * 2)
+    return timing.median_ms(timing.Program(call, make), inputs, repeats=3)
+
+
+def _without_xprof():
+    """tokamax imports a profile viewer for a timer of its own, which is not used here."""
+    if "xprof" not in sys.modules and importlib.util.find_spec("xprof") is None:
+        path = "xprof"
+        for part in ("", ".cli", ".tools", ".get_kernel_stats_tool"):
+            path += part
+            sys.modules[path] = types.ModuleType(path)
+            if part:
+                setattr(sys.modules[path.rpartition(".")[0]], part[1:], sys.modules[path])
 
 
 def _refuse_grouped_heads(shape):
-    import run
-
-    _, _, H, HV, _ = run.SHAPES[shape]
+    _, _, H, HV, _ = SHAPES[shape]
     if H != HV:
         raise NotImplementedError("takes equal heads alone")
 
@@ -165,52 +189,43 @@ def column(peer, gate) -> str:
     return f"{peer} {gate}"
 
 
-def time_peer(peer, shapes, seconds) -> dict:
+def time_peer(peer, names, seconds) -> dict:
     """{shape: {column: milliseconds, or why there are none}}, by a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), peer, *shapes]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=errors, start_new_session=True
-        )
-        try:
-            ended = f"the process ended with status {process.wait(seconds)}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its compilers too
-            process.wait()
-            ended = f"not reached within {seconds} s for all shapes"
-        output.seek(0), errors.seek(0)
-        lines = [line for line in output if line.startswith('{"peer"')]
-        if "status" in ended:
-            words = errors.read().strip().splitlines()
-            words = [line for line in words if "Error" in line] or words
-            ended = " ".join([ended, *words[-1:]])[:200]
-    results = {shape: {column(peer, gate): ended for gate in PEERS[peer][1]} for shape in shapes}
-    for line in map(json.loads, lines):
+    found, ended = lines_of("peers.py", [peer, *names], seconds, "peer")
+    results = {name: {column(peer, gate): ended for gate in PEERS[peer].gates} for name in names}
+    for line in found:
         results[line["shape"]][column(peer, line["gate"])] = line["result"]
+    return results
+
+
+def time_all(names, seconds) -> dict:
+    """All peers within `seconds`: each has what it may take, the last what is left."""
+    results, end = {name: {} for name in names}, time.monotonic() + seconds
+    for name, peer in PEERS.items():
+        left = max(0, int(end - time.monotonic()))
+        wanted = [shape for shape in names if shape in peer.shapes]
+        limit = left if peer is list(PEERS.values())[-1] else min(left, peer.seconds)
+        for shape, times in time_peer(name, wanted, limit).items():
+            results[shape] |= times
     return results
 
 
 def main():
     peer, *shapes = sys.argv[1:]
-    import run
-
     time_one = {
         "fla": time_fla,
         "flash_kda": time_flash_kda,
         "cudnn": time_cudnn,
         "tokamax": time_tokamax,
     }[peer]
-    for shape in shapes or run.SHAPES:
-        for gate in PEERS[peer][1]:
+    for shape in shapes or SHAPES:
+        for gate in PEERS[peer].gates:
             try:
                 ms = time_one(shape, gate)
                 result = round(ms, 4) if math.isfinite(ms) else f"took {ms} ms"
-            except Exception as error:  # a line of the record, whatever it is
-                text = str(error).strip().splitlines() or [""]
-                result = f"{type(error).__name__}: {text[0]}"[:200]
-            line = {"peer": peer, "shape": shape, "gate": gate, "result": result}
-            print(json.dumps(line), flush=True)
+            except Exception as failure:  # a line of the record, whatever it is
+                result = in_words(failure)
+            say("peer", {"shape": shape, "gate": gate, "result": result})
 
 
 if __name__ == "__main__":

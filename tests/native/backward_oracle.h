@@ -18,6 +18,7 @@ struct Cotangents {
 
 struct Gradients {
   std::vector<double> dq, dk, dv, dg, d_beta, dA_log, d_dt_bias, d_initial_state;
+  std::vector<double> dA_log_size, d_dt_bias_size;  // roots of the sums of their summands' squares
   // What the kernels keep on the way. Between tokens t - 1 and t of one segment, every 64 tokens
   // from its start: the state and its gradient, in slot t / 64.
   std::vector<double> corrected_values;         // [B, T, HV, V]
@@ -105,7 +106,8 @@ class HeadGradient {
     return x;
   }
 
-  void gate_gradient(int64_t t, int64_t i, double d_log_decay) {
+  // Of the gate's g and bias; what comes back is the channel's part of the gradient of A_log.
+  double gate_gradient(int64_t t, int64_t i, double d_log_decay) {
     const double x = c.g[value_row(t) * K + i] + dt_bias(i), amplitude = std::exp(A_log());
     double d_raw = d_log_decay, d_amplitude = 0.0;
     if (c.gate == Gate::kSoftplus) {
@@ -120,8 +122,15 @@ class HeadGradient {
       d_amplitude = amplitude * x * d_argument;
     }
     out.dg[value_row(t) * K + i] = d_raw;
-    if (!c.A_log.empty()) out.dA_log[b * c.HV + h] += d_amplitude;
-    if (!c.dt_bias.empty()) out.d_dt_bias[(b * c.HV + h) * K + i] += d_raw;
+    add(out.d_dt_bias, out.d_dt_bias_size, (b * c.HV + h) * K + i, d_raw);
+    return d_amplitude;
+  }
+
+  // A token's summand.
+  static void add(std::vector<double>& sums, std::vector<double>& sizes, int64_t at, double x) {
+    if (sums.empty()) return;
+    sums[at] += x;
+    sizes[at] = std::sqrt(sizes[at] * sizes[at] + x * x);
   }
 
   // Gradients of a token's q and k, [B, T, HV, K]: summed over heads that share a row afterwards.
@@ -153,6 +162,7 @@ class HeadGradient {
       out.dv[value_row(t) * V + j] = x.beta * du[j];
     }
     const double* dv = &out.dv[value_row(t) * V];
+    double d_amplitude = 0.0;
     for (int64_t i = 0; i < K; ++i) {
       double d_log_decay = 0.0;
       double* row = &dS[i * V];
@@ -163,8 +173,9 @@ class HeadGradient {
         d_log_decay += row[j] * S[j];
         row[j] *= x.decay[i];
       }
-      gate_gradient(t, i, d_log_decay);
+      d_amplitude += gate_gradient(t, i, d_log_decay);
     }
+    add(out.dA_log, out.dA_log_size, b * c.HV + h, d_amplitude);
     if (c.beta_is_logits) d_beta *= x.beta * (1.0 - x.beta / (c.allow_neg_eigval ? 2.0 : 1.0));
     out.d_beta[value_row(t)] = d_beta;
     unnormalise(&out.dq[value_row(t) * K], dq, x.q, x.q_factor, c.qk_l2norm);
@@ -217,7 +228,8 @@ inline std::vector<double> sum_over_groups(const Call& c, const std::vector<doub
   return sum;
 }
 
-inline Gradients backward(const Call& c, const Cotangents& d) {
+// On all cores, or on so many.
+inline Gradients backward(const Call& c, const Cotangents& d, int workers = 0) {
   constexpr int64_t K = Call::K, V = Call::V;
   Gradients out;
   const int64_t head_tokens = c.B * c.T * c.HV, slots = (c.T + 63) / 64;
@@ -226,11 +238,12 @@ inline Gradients backward(const Call& c, const Cotangents& d) {
   out.d_beta.assign(head_tokens, 0.0);
   out.dA_log.assign(c.A_log.size(), 0.0);
   out.d_dt_bias.assign(c.dt_bias.size(), 0.0);
+  out.dA_log_size = out.dA_log, out.d_dt_bias_size = out.d_dt_bias;
   out.d_initial_state.assign(c.B * c.N * c.HV * K * V, 0.0);
   for (auto* x : {&out.states, &out.state_gradients}) x->assign(c.B * c.HV * slots * K * V, 0.0);
   out.is_boundary.assign(c.B * slots, 0);
   const int64_t heads = c.B * c.HV;
-  const int workers = std::max(1u, std::thread::hardware_concurrency());
+  if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::thread> threads;
   for (int worker = 0; worker < workers; ++worker)
     threads.emplace_back([&, worker] {

@@ -2,9 +2,9 @@
 // two scans leave for the gradient stage. Exact-size allocations, poisoned outputs and workspace, a
 // canary behind the workspace, bitwise repeats, several streams, isolation, packing and linearity.
 // Prints two lines a case; exit status 1 on failure.
-//   backward_test [--quick] [--unpoisoned]
-//   --quick: small cases alone, for compute-sanitizer. --unpoisoned: results and workspace as
-//   allocated, for initcheck.
+//   backward_test [--quick | --random N [--seed S]] [--unpoisoned]
+//   --quick: small cases alone, for compute-sanitizer. --random: N calls of random_cases.h.
+//   --unpoisoned: results and workspace as allocated, for initcheck.
 #include <algorithm>
 #include <random>
 #include <string>
@@ -12,14 +12,15 @@
 #include "backward_oracle.h"
 #include "launch.h"
 #include "problem/numerics.cuh"
+#include "random_cases.h"
 
 namespace {
 
 using namespace jax_flashkda;
 using oracle::Cotangents;
 
-Cotangents make_cotangents(const Case& c) {
-  std::mt19937 generator(11);
+Cotangents make_cotangents(const Case& c, uint32_t seed = 11) {
+  std::mt19937 generator(seed);
   std::normal_distribution<float> normal;
   Cotangents d;
   d.d_o.resize(c.call.v.size());
@@ -149,6 +150,37 @@ bool check(const Case& c) {
   return good && accurate && repeats;
 }
 
+constexpr int64_t kMostPairs = 1500;  // tokens and heads of a random call
+
+Verdict judge_draw(const Case& c, uint64_t seed) {
+  Verdict verdict;
+  Cotangents d = make_cotangents(c, uint32_t(seed));
+  if (seed % 8 == 0) std::fill(d.d_o.begin(), d.d_o.end(), 0.0f);  // one of the two alone
+  if (seed % 8 == 1) d.d_final_state.clear();
+  Launch launch(c, d);
+  if (!launch.run(0xFF)) verdict.failures += "  did not run";
+  const oracle::Gradients truth = oracle::backward(c.call, d, /*workers=*/1);
+  const Call& x = c.call;
+  const int64_t heads[] = {x.H, x.H, x.HV, x.HV, x.HV}, widths[] = {128, 128, 128, 128, 1};
+  for (size_t i = 0; i < launch.outputs.size(); ++i) {
+    const std::vector<float> got = launch.outputs[i].values();
+    const std::string name = launch.outputs[i].name;
+    const double limit = i >= 3 && i <= 6 ? c.gate_limit : c.gradient_limit;
+    if (got.empty()) continue;
+    if (i < 5) {
+      verdict.judge(name, truth_of(truth, i), got, limit, token_blocks(x.T, heads[i], widths[i]));
+      verdict.judge_padding(name, x, got, heads[i] * widths[i]);
+    } else if (i < 7) {
+      const bool A_log = i == 5;
+      verdict.judge_sums(name, truth_of(truth, i), A_log ? truth.dA_log_size : truth.d_dt_bias_size,
+                         got, A_log ? kALogLimit : kDtBiasLimit);
+    } else {
+      verdict.judge(name, truth_of(truth, i), got, limit, state_block);
+    }
+  }
+  return verdict;
+}
+
 // Twice the cotangents are twice the gradients, to the bit.
 bool check_linear() {
   Case c = packed_case("linear", 1, 2, 3, ids_from_lengths({{1, 100}, {0, 9}, {2, 70}, {3, 200}}));
@@ -274,8 +306,10 @@ bool check_refusals() {
 
 int main(int argc, char** argv) {
   bool quick = false;
+  RandomRun random;
   for (int i = 1; i < argc; ++i) {
     const std::string option = argv[i];
+    if (read_random_option(argc, argv, i, random)) continue;
     quick |= option == "--quick";
     poisoned &= option != "--unpoisoned";
   }
@@ -284,6 +318,8 @@ int main(int argc, char** argv) {
     std::printf("%s\n", status.message.c_str());
     return 1;
   }
+  if (random.count > 0)
+    return judge_draws("backward_test", random, kMostPairs, judge_draw) == 0 ? 0 : 1;
   Tally tally;
   for (const Case& c : cases(quick)) tally(check(c));
   tally(check_zero_beta());

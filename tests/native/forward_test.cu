@@ -1,15 +1,16 @@
 // The forward against a float64 recurrence, without XLA: exact-size allocations, poisoned outputs
 // and workspace, a canary behind the workspace, bitwise repeats, several streams, isolation and
 // packing. Prints a line a case; exit status 1 on failure.
-//   forward_test [--quick | --large] [--unpoisoned]
+//   forward_test [--quick | --large | --random N [--seed S]] [--unpoisoned]
 //   --quick: small cases alone, for compute-sanitizer. --large: offsets beyond 2^31 elements and
-//   more than 65,535 (segment, head) pairs, some 50 GB. --unpoisoned: results and workspace as
-//   allocated, for initcheck.
+//   more than 65,535 (segment, head) pairs, some 50 GB. --random: N calls of random_cases.h.
+//   --unpoisoned: results and workspace as allocated, for initcheck.
 #include <algorithm>
 #include <random>
 #include <string>
 
 #include "launch.h"
+#include "random_cases.h"
 
 namespace {
 
@@ -61,6 +62,23 @@ bool check(const Case& c) {
               c.limit, accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
   std::fflush(stdout);
   return good && accurate && repeats;
+}
+
+constexpr int64_t kMostPairs = 3000;  // tokens and heads of a random call
+
+Verdict judge_draw(const Case& c, uint64_t seed) {
+  Verdict verdict;
+  Launch launch(c);
+  launch.params.stage_order =
+      std::vector{StageOrder::kByShape, StageOrder::kSerial, StageOrder::kOverlapped}[seed % 3];
+  if (!launch.run(0xFF)) verdict.failures += "  did not run";
+  const oracle::Result truth = oracle::forward(c.call, /*workers=*/1);
+  const std::vector<float> o = launch.outputs[0].values(), state = launch.outputs[1].values();
+  const Call& x = c.call;
+  verdict.judge("o", truth.o, o, c.limit, token_blocks(x.T, x.HV, Call::V));
+  verdict.judge_padding("o", x, o, x.HV * Call::V);
+  if (c.want_final) verdict.judge("final_state", truth.final_state, state, c.limit, state_block);
+  return verdict;
 }
 
 // One segment of a packed row against the same tokens alone: equal bits, though its neighbours are
@@ -325,8 +343,10 @@ bool check_refusals() {
 
 int main(int argc, char** argv) {
   bool quick = false, large = false;
+  RandomRun random;
   for (int i = 1; i < argc; ++i) {
     const std::string option = argv[i];
+    if (read_random_option(argc, argv, i, random)) continue;
     quick |= option == "--quick";
     large |= option == "--large";
     poisoned &= option != "--unpoisoned";
@@ -336,6 +356,8 @@ int main(int argc, char** argv) {
     std::printf("%s\n", status.message.c_str());
     return 1;
   }
+  if (random.count > 0)
+    return judge_draws("forward_test", random, kMostPairs, judge_draw) == 0 ? 0 : 1;
   Tally tally;
   if (large) {
     tally(check_large_offsets());

@@ -107,12 +107,13 @@ inline void recurrence(const Call& c, int64_t b, int64_t h, Result& result) {
           c.initial_state.empty() ? 0.0 : c.initial_state[state(n) + i];
 }
 
-inline Result forward(const Call& c) {
+// On all cores, or on so many.
+inline Result forward(const Call& c, int workers = 0) {
   Result result;
   result.o.assign(c.B * c.T * c.HV * Call::V, 0.0);
   result.final_state.assign(c.B * c.N * c.HV * Call::K * Call::V, 0.0);
   const int64_t heads = c.B * c.HV;
-  const int workers = std::max(1u, std::thread::hardware_concurrency());
+  if (workers == 0) workers = std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::thread> threads;
   for (int worker = 0; worker < workers; ++worker)
     threads.emplace_back([&, worker] {

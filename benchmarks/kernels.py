@@ -1,0 +1,49 @@
+"""What the GPU did during a call: its kernels' times, from a profile.
+
+XLA runs no command buffer under a profile (CUPTI and graphs do not go together), so each kernel is
+launched by itself: the times are of the kernels alone, gaps between them are not in them.
+"""
+
+import tempfile
+from pathlib import Path
+
+import jax
+
+
+def kernel_ms(run, calls) -> dict:
+    """A call's share of `run()`. "sum": of the times of all kernels, copies and fills. "busy": of
+    the time in which at least one of them ran; less than the sum where kernels overlap.
+    """
+    jax.block_until_ready(run())
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(run())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        spans = gpu_spans(jax.profiler.ProfileData.from_file(str(path)))
+    if not spans:
+        raise RuntimeError("the profile has no kernel in it")
+    total = sum(end - start for start, end in spans)
+    return {"sum": total * 1e-6 / calls, "busy": covered(spans) * 1e-6 / calls}
+
+
+def gpu_spans(profile) -> list[tuple[float, float]]:
+    """(start, end) in ns of everything that ran on a stream of a GPU."""
+    return [
+        (event.start_ns, event.start_ns + event.duration_ns)
+        for plane in profile.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+
+
+def covered(spans) -> float:
+    """The length of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,107 @@
+"""The pages show what the record says. No GPU: the record is made on a machine with one."""
+
+import importlib
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECORD = json.loads((ROOT / "benchmarks" / "results" / "h200.json").read_text())
+REMEDY = "run benchmarks/run.py --write-docs"
+
+
+@pytest.fixture(scope="module")
+def report():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module("report")
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_pages_show_the_record(report):
+    for path in report.PAGES:
+        text = path.read_text()
+        assert "<!-- benchmark: forward -->" in text, path
+        assert text == report.page(text, RECORD), f"{path} is not of the record: {REMEDY}"
+
+
+def test_plots_are_of_the_record(report):
+    drawn = {path.name for path in report.PLOTS.iterdir()}
+    assert drawn == set(report.plots(RECORD))
+    for name in drawn:
+        text = (report.PLOTS / name).read_text()
+        assert report.plotted(RECORD) in text, f"{name} is not of the record: {REMEDY}"
+
+
+def test_another_record_makes_another_page(report):
+    changed = json.loads(json.dumps(RECORD))
+    changed["forward_ms"]["fix8k_h96"]["bounded fast"] = 123.4
+    text = report.PAGES[0].read_text()
+    assert "123.4" in report.page(text, changed) and "123.4" not in report.page(text, RECORD)
+    assert report.plotted(changed) != report.plotted(RECORD)
+
+
+def test_what_the_record_timed_wins_over_what_is_known(report):
+    row = dict.fromkeys(report.shapes.GATES, 1.0) | {"fla softplus fast": 2.5}
+    row |= {"tokamax bounded fast": "ModuleNotFoundError: tokamax"}
+    record = {"digest": "0" * 64, "forward_ms": {"fix8k_h96": row}}
+    table = report.forward(record)
+    assert "2.50" in table and "2.78" not in table  # FLA
+    assert "*1.54*" in table  # FlashKDA, in italics
+    assert "ModuleNotFoundError: tokamax" in report.sources(record)
+
+
+def test_the_plots_of_a_whole_record_can_be_drawn(report):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    gates = dict.fromkeys(report.shapes.GATES, 1.0)
+    training = gates | {"temporaries, MiB": 7}
+    record = over_t(report, kda=15.0, attention=0.005) | {
+        "forward_ms": dict.fromkeys(report.shapes.SHAPES, gates),
+        "training_ms": dict.fromkeys(report.shapes.TRAINING_SHAPES, training),
+        "step_ms": {"n1_h32": {"float32": 0.0044, "bfloat16": 0.0044}},
+        "kernels_ms": dict.fromkeys(["t2k_h12", "n1_h32 bfloat16"], {"sum": 0.12, "busy": 0.1}),
+    }
+    for draw in report.plots(record).values():
+        for axes in draw().axes:
+            assert axes.collections or axes.lines
+    matplotlib.pyplot.close("all")
+    tables = report.table(record)
+    for shape in report.shapes.SHAPES:
+        assert report.shapes.label(shape) in tables
+    assert "| step, N 1, 32 heads, bfloat16 states | 0.0044 | 0.1000 | 0.1200 |" in tables
+
+
+def test_shapes_have_names_of_their_own(report):
+    labels = [report.shapes.label(shape) for shape in report.shapes.SHAPES]
+    assert len(set(labels)) == len(labels)
+    assert all(not re.search(r"[|*]", label) for label in labels)
+
+
+def over_t(report, kda, attention):
+    """A record in which KDA takes so many ns a token, and softmax attention so many ns a T."""
+    rows = report.softmax.plan_over_t()
+    for row in rows:
+        tokens = row["T"] * report.softmax.dims_of(row["H"], row["T"])[0]
+        row["ms"] = (kda if row["op"] == "kda" else attention * row["T"]) * tokens * 1e-6
+    return {"digest": "0" * 64, "over_t": rows}
+
+
+def test_who_wins_is_said_plainly(report):
+    words = report.who_wins(over_t(report, kda=15.0, attention=0.005)).splitlines()
+    assert "softmax attention is faster up to T 2,048" in words[0]
+    assert "KDA is faster from T 4,096 on" in words[0]
+    assert "T 1,048,576: 15.7 ms, 15.0 ns a token; T 65,536: 15.0 ns." in words[-1]
+    words = report.who_wins(over_t(report, kda=15.0, attention=1.0))
+    assert "softmax attention is faster" not in words
+    table = report.over_t(over_t(report, kda=15.0, attention=0.005), "training")
+    assert "| T 65,536 | 1 | 0.98 |  |" in table
+
+
+def test_what_failed_over_t_is_told(report):
+    record = over_t(report, 1.0, 1.0)
+    del record["over_t"][-1]["ms"]
+    record["over_t"][-1]["error"] = "RESOURCE_EXHAUSTED"
+    assert "RESOURCE_EXHAUSTED" in report.who_wins(record)

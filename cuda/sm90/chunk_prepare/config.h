@@ -20,8 +20,8 @@ struct alignas(16) Item {
 struct Config {
   static constexpr int kHeadDim = 128;  // K
   static constexpr int kBlocks = static_cast<int>(kChunk) / kBlock;
-  static constexpr int kHalves = 2;     // of the channels
-  static constexpr int kChannels = 64;  // of a half
+  static constexpr int kHalves = 2;                 // of the channels
+  static constexpr int kChannels = 64;              // of a half
   static constexpr int kWarps = kBlocks * kHalves;  // a warp owns 64 channels of a block
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kCtasPerSm = 2;
@@ -30,9 +30,9 @@ struct Config {
   // Of the two warps that have no blocks before their own:
   static constexpr int kWalker = 0;   // the warp that looks for the next item
   static constexpr int kWriter = 32;  // the thread that starts copies to memory, and waits for them
-  static constexpr int kEighths = kChannels / 8;   // columns of an accumulator
-  static constexpr int kSteps = kChannels / 16;    // of a product over a warp's channels
-  static constexpr int kRowBytes = 2 * kHeadDim;   // of a token in bf16
+  static constexpr int kEighths = kChannels / 8;  // columns of an accumulator
+  static constexpr int kSteps = kChannels / 16;   // of a product over a warp's channels
+  static constexpr int kRowBytes = 2 * kHeadDim;  // of a token in bf16
   static constexpr int kHalfBytes = 2 * kChannels * static_cast<int>(kChunk);
   static constexpr int kBlockPairs = kBlocks * (kBlocks + 1) / 2;  // on and below the diagonal
 
@@ -57,7 +57,7 @@ struct Config {
     return later * (later - 1) / 2 + earlier;
   }
 
-  struct Walk {  // over the CTA's items
+  struct Walk {            // over the CTA's items
     uint32_t step;         // items to the next
     uint32_t step_tracks;  // .. of which the tracks in the group
     uint32_t step_chunks;  // .. and the chunks
@@ -89,7 +89,7 @@ struct Config {
     };
     union {
       float2 block_decay[kBlocks][kHeadDim];       // of a block's first half and of all of it
-      float pairwise[kWarps][kBlock * kChannels];    // G of a warp's channels
+      float pairwise[kWarps][kBlock * kChannels];  // G of a warp's channels
       Matrices matrices;
     };
     References references;

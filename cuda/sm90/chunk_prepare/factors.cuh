@@ -43,8 +43,8 @@ __device__ __forceinline__ void load_gate(BlockDecays& g, const Config::Shared& 
 }
 
 template <Gate kGate>
-__device__ __forceinline__ void decay_of_tokens(BlockDecays& g, const Config::Shared& s, float slope,
-                                                float amplitude, const Place& at) {
+__device__ __forceinline__ void decay_of_tokens(BlockDecays& g, const Config::Shared& s,
+                                                float slope, float amplitude, const Place& at) {
   const float* dt_bias = &s.dt_bias[Config::kChannels * at.half + at.row()];
 #pragma unroll
   for (int j = 0; j < Config::kEighths; ++j) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void find_norms(Config::Shared& s, bool normalise, in
   const float upper = odd ? first[0][1] + first[1][1] : first[0][0] + first[1][0],
               lower = odd ? second[0][3] + second[1][3] : second[0][2] + second[1][2];
   if ((lane & 3) == row >> 1) {  // else the lane holds nothing of the diagonal
-    float(*norms)[2] = s.norms + kBlock * block;
+    float (*norms)[2] = s.norms + kBlock * block;
     norms[row][which] = normalise ? l2norm_factor(upper) : 1.0f;
     norms[row + 8][which] = normalise ? l2norm_factor(lower) : 1.0f;
   }
@@ -239,9 +239,9 @@ struct ColumnFactors {
 };
 
 __device__ __forceinline__ void find_factors(StepFactor& row_q, StepFactor& row_k,
-                                             ColumnFactors& column_factors,
-                                             const Config::Shared& s, const BlockDecays& G,
-                                             const float2 (&norms)[2], int step, const Place& at) {
+                                             ColumnFactors& column_factors, const Config::Shared& s,
+                                             const BlockDecays& G, const float2 (&norms)[2],
+                                             int step, const Place& at) {
   const Config::References& ref = s.references;
   uint32_t q[4], k[4];
   load_matrices(q, at.address(s.q, step));
@@ -263,11 +263,12 @@ __device__ __forceinline__ void find_factors(StepFactor& row_q, StepFactor& row_
                   k_x = bf16_low(k[i]) * norms[h].y, k_y = bf16_high(k[i]) * norms[h].y;
       row_q[i] = pack_bf16(q_x * row_x, q_y * row_y);
       row_k[i] = pack_bf16(k_x * row_x, k_y * row_y);
-      const float column_x = k_x * exp2_fast(column.x - x), column_y = k_y * exp2_fast(column.y - y);
+      const float column_x = k_x * exp2_fast(column.x - x),
+                  column_y = k_y * exp2_fast(column.y - y);
       column_factors.k[2 * h + n] = pack_bf16(column_x, column_y);
       // In two steps: neither underflows where the whole does not matter.
-      column_factors.restored[i] = pack_bf16(column_x * half_rest.x * half_rest.x,
-                                             column_y * half_rest.y * half_rest.y);
+      column_factors.restored[i] =
+          pack_bf16(column_x * half_rest.x * half_rest.x, column_y * half_rest.y * half_rest.y);
     }
   }
 }
@@ -275,9 +276,8 @@ __device__ __forceinline__ void find_factors(StepFactor& row_q, StepFactor& row_
 // The column factors to their place, and what the state stage reads to where the inputs were: the
 // same lanes have read those.
 __device__ __forceinline__ void store_factors(Config::Shared& s, const StepFactor& row_q,
-                                              const StepFactor& row_k,
-                                              const ColumnFactors& columns, int step,
-                                              const Place& at) {
+                                              const StepFactor& row_k, const ColumnFactors& columns,
+                                              int step, const Place& at) {
   const uint2 before = load_powers(s.references.before[at.block], step, at);
   StepFactor q_decayed, k_decayed;
   scale(q_decayed, row_q, before);

@@ -55,7 +55,8 @@ __device__ __forceinline__ void stage_inputs(Config::Shared& s, const ForwardPar
   const int to = swizzle128(first, piece % 8);
   auto stage = [&](Config::Halves& tiles, const void* tensor, int64_t row, int64_t heads) {
     const int64_t step = heads * Config::kRowBytes;  // from token to token
-    const uint8_t* rows = static_cast<const uint8_t*>(tensor) + row * Config::kRowBytes + 16 * piece;
+    const uint8_t* rows =
+        static_cast<const uint8_t*>(tensor) + row * Config::kRowBytes + 16 * piece;
     const uint8_t* from = rows + first * step;
     uint8_t* tile = tiles[piece / 8] + to;
     if (item.length == kChunk) {
@@ -63,7 +64,8 @@ __device__ __forceinline__ void stage_inputs(Config::Shared& s, const ForwardPar
       for (int turn = 0; turn < kChunk / kRows; ++turn, from += kRows * step)
         async_load_16(tile + turn * kRows * kTileRowBytes, from, true);
     } else {
-      for (int token = first; token < kChunk; token += kRows, from += kRows * step, tile += kRows * kTileRowBytes) {
+      for (int token = first; token < kChunk;
+           token += kRows, from += kRows * step, tile += kRows * kTileRowBytes) {
         const bool exists = token < item.length;
         async_load_16(tile, exists ? from : rows, exists);
       }

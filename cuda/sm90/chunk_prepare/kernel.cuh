@@ -94,7 +94,7 @@ __device__ __forceinline__ void multiply_own_block(BlockScores& of_q, BlockScore
                                                    RowFactors& rows, Config::Shared& s,
                                                    const BlockDecays& G) {
   const Place at = Place::of_warp();
-  const float(*norms)[2] = s.norms + kBlock * at.block + at.row();
+  const float (*norms)[2] = s.norms + kBlock * at.block + at.row();
   const float2 norm[2] = {{norms[0][0], norms[0][1]}, {norms[8][0], norms[8][1]}};
   const bool too_far = s.references.too_far[at.block][at.half];
   if (too_far) add_pairwise(of_q, of_k, s, G, at);
@@ -144,8 +144,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (s.item.length == 0) break;
     BlockDecays G;
     prepare_references<kGateType>(G, s, p, w);
-    if (thread_index() == Config::kWriter) bulk_store_wait_read();  // the images: columns take their place
-    __syncthreads();  // points of reference and norms, before the factors
+    if (thread_index() == Config::kWriter)
+      bulk_store_wait_read();  // the images: columns take their place
+    __syncthreads();           // points of reference and norms, before the factors
 
     BlockScores of_q = {}, of_k = {};
     RowFactors rows;

@@ -17,8 +17,8 @@ __device__ __forceinline__ constexpr int block_pair(int row, int column) {
 }
 
 // acc (+)= x times the columns y, transposed, over 16 channels.
-__device__ __forceinline__ void multiply(BlockScores& acc, const StepFactor& x,
-                                         const StepFactor& y, bool first = false) {
+__device__ __forceinline__ void multiply(BlockScores& acc, const StepFactor& x, const StepFactor& y,
+                                         bool first = false) {
   if (first) {
     mma_bf16_first(acc[0], x, y[0], y[1]);
     mma_bf16_first(acc[1], x, y[2], y[3]);
@@ -41,8 +41,7 @@ __device__ __forceinline__ void add_pairwise(BlockScores& of_q, BlockScores& of_
 #pragma unroll
   for (int j = 0; j < Config::kEighths; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      sums[place(row + 8 * (i / 2), 8 * j + column + i % 2)] = G[j][i];
+    for (int i = 0; i < 4; ++i) sums[place(row + 8 * (i / 2), 8 * j + column + i % 2)] = G[j][i];
   __syncwarp();  // the warp's sums, before they are read
   const auto input = [&](const Config::Halves& x, int token, int channel, int which) {
     const uint8_t* from = x[at.half] + swizzle128(kBlock * at.block + token, channel / 8);
@@ -55,8 +54,8 @@ __device__ __forceinline__ void add_pairwise(BlockScores& of_q, BlockScores& of_
     for (int e = 0; e < 8; ++e) {
       const int i = row + 8 * ((e >> 1) & 1), j = column + 8 * (e >> 2) + (e & 1);
       if (i < j) continue;
-      const float decayed_k = input(s.k, j, channel, 1) *
-                              exp2_fast(sums[place(i, channel)] - sums[place(j, channel)]);
+      const float decayed_k =
+          input(s.k, j, channel, 1) * exp2_fast(sums[place(i, channel)] - sums[place(j, channel)]);
       float &q = of_q[e >> 2][e & 3], &k = of_k[e >> 2][e & 3];
       q = fmaf(input(s.q, i, channel, 0), decayed_k, q);
       k = fmaf(input(s.k, i, channel, 1), decayed_k, k);
@@ -214,8 +213,7 @@ __device__ __forceinline__ void store_inverse_tile(Config::Shared& s, const floa
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     *reinterpret_cast<uint32_t*>(s.images.A_kk_inv + swizzle128(row + 8 * h, piece) +
-                                 4 * (lane & 3)) =
-        pack_bf16(-tile[2 * h], -tile[2 * h + 1]);
+                                 4 * (lane & 3)) = pack_bf16(-tile[2 * h], -tile[2 * h + 1]);
 }
 
 }  // namespace jax_flashkda::chunk_prepare

@@ -29,7 +29,7 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import _chunked, _extension, _recurrent, _short_conv_xla, _support
+from . import _chunked, _extension, _recurrent, _segments, _short_conv_xla, _support
 from ._problem import Problem, ShortConvProblem, ShortConvStepProblem, StepProblem
 
 # What each stage is on XLA. The backwards recompute from the raw inputs.
@@ -378,10 +378,14 @@ def _abstract(stage, *operands, problem):
 
 
 def _lower_xla(stage, ctx, *operands, problem):
+    return _lower_plain(functools.partial(_XLA[stage], problem), ctx, *operands)
+
+
+def _lower_plain(function, ctx, *operands):
     # On plain types and with no mesh: what runs here is a computation of one device, and its loops,
     # whose carries start as constants, could not be typed with the manual or explicit axes around.
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    lower = mlir.lower_fun(functools.partial(_XLA[stage], problem))
+    lower = mlir.lower_fun(function)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return lower(ctx.replace(avals_in=plain), *operands)
 
@@ -401,6 +405,8 @@ def _lower_cuda(stage, ctx, *operands, problem):
     if not _kernels_run(problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
+    if isinstance(problem, ShortConvProblem):
+        ctx, operands, problem = _with_slots(ctx, operands, problem)
     # Scratch memory is a result that nobody sees: a handler that allocated could not be captured
     # in a command buffer.
     scratch = [
@@ -412,6 +418,31 @@ def _lower_cuda(stage, ctx, *operands, problem):
         ctx.replace(avals_out=[*ctx.avals_out, *scratch]), *operands, **_attributes(problem)
     )
     return results[: len(ctx.avals_out)]
+
+
+def _with_slots(ctx, operands, problem):
+    """The call with slots as ids, where the kernels need that: to find initial states, and in place
+    of ids that are not int32.
+    """
+    if not problem.has_segment_ids:
+        return ctx, operands, problem
+    at = problem.operand_names.index("segment_ids")
+    ids = ctx.avals_in[at]
+    if ids.dtype == np.int32 and not problem.has_initial_state:
+        return ctx, operands, problem
+    slots = jax.core.ShapedArray(ids.shape, np.int32)
+    (lowered,) = _lower_plain(
+        lambda ids: (_segments.slots(ids, problem.padding_segment_id),),
+        ctx.replace(primitive=None, avals_in=[ids], avals_out=[slots]),
+        operands[at],
+    )
+    avals = [*ctx.avals_in[:at], slots, *ctx.avals_in[at + 1 :]]
+    operands = [*operands[:at], lowered, *operands[at + 1 :]]
+    return (
+        ctx.replace(avals_in=avals),
+        operands,
+        dataclasses.replace(problem, padding_segment_id=None),
+    )
 
 
 def _workspace_bytes(stage, problem, sizes):

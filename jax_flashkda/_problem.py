@@ -182,8 +182,7 @@ class ShortConvProblem:
     """The static description of one short convolution.
 
     Channels are two axes: H, which is split over devices, and K. Kernel, bias and initial states
-    are f32 (f64 with f64 inputs), the parameters a row per batch row. With `initial_state` the ids
-    are the slots of the segments, and no id but negative ones is padding.
+    are f32 (f64 with f64 inputs), the parameters a row per batch row. Ids are integers of any type.
     """
 
     function: ClassVar[str] = "short_conv"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from . import _primitives, _short_conv_xla, _vjp
 from ._problem import ShortConvProblem, ShortConvStepProblem
-from ._segments import extents, is_padding, places
+from ._segments import extents
 from ._validation import IMPLEMENTATIONS, strong
 
 __all__ = ["short_conv", "short_conv_state", "short_conv_step"]
@@ -162,11 +162,6 @@ def _by_platform(
     x, kernel, bias, segment_ids, initial_state, *, silu, padding_segment_id, implementation
 ):
     """`short_conv` as the primitive whose lowering rules choose."""
-    if segment_ids is not None:
-        convertible = jnp.iinfo(segment_ids.dtype).bits < 32 or segment_ids.dtype == jnp.int32
-        if initial_state is not None or not convertible:
-            segment_ids = _slots_of_segments(segment_ids, padding_segment_id)
-            padding_segment_id = None
     x, dtype = strong(x), _compute_dtype(x)
     operands = dict(x=_in_heads(x, 2))
     # A row of the parameters for every row of x: the sum over rows of their gradients is not the
@@ -178,7 +173,7 @@ def _by_platform(
     if initial_state is not None:
         operands["initial_state"] = _in_heads(strong(initial_state).astype(dtype), 3)
     if segment_ids is not None:
-        operands["segment_ids"] = segment_ids.astype(jnp.int32)
+        operands["segment_ids"] = segment_ids
     problem = ShortConvProblem(
         silu=silu,
         padding_segment_id=padding_segment_id,
@@ -200,12 +195,6 @@ def _in_heads(array, axes_before):
     """The channels behind `axes_before` axes as two: the first, and all others."""
     *before, heads = array.shape[: axes_before + 1]
     return array.reshape(*before, heads, math.prod(array.shape[axes_before + 1 :]))
-
-
-def _slots_of_segments(segment_ids, padding_segment_id):
-    """As ids the number of each segment in its row, which is its slot; -1 at padding."""
-    segment, _ = places(segment_ids, padding_segment_id)
-    return jnp.where(is_padding(segment_ids, padding_segment_id), -1, segment)
 
 
 def _as_slots(indices, slots):

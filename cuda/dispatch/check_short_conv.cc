@@ -9,8 +9,8 @@
 namespace jax_flashkda {
 namespace {
 
-// The grids have at most a CTA for every so many channels of every token, that of the backward's last
-// stage one for those of each sum.
+// The grids have at most a CTA for every so many channels of every token, that of the backward's
+// last stage one for those of each sum.
 constexpr int64_t kChannelsOfCta = 128;
 
 void check_channels(int64_t C, Problems& problems) {

@@ -1,6 +1,6 @@
-// What all handlers share: a call's operands, results and attributes, each checked before a pointer is
-// used, and the way from a function that reads a call to an XLA FFI handler. Included by the handlers'
-// sources alone.
+// What all handlers share: a call's operands, results and attributes, each checked before a pointer
+// is used, and the way from a function that reads a call to an XLA FFI handler. Included by the
+// handlers' sources alone.
 #pragma once
 
 #include <algorithm>
@@ -51,13 +51,20 @@ inline std::string to_string(ffi::Span<const int64_t> dims) {
 
 inline std::string to_string(ffi::DataType dtype) {
   switch (dtype) {
-    case ffi::F64: return "float64";
-    case ffi::F32: return "float32";
-    case ffi::F16: return "float16";
-    case ffi::BF16: return "bfloat16";
-    case ffi::S32: return "int32";
-    case ffi::U8: return "uint8";
-    default: return "XLA element type " + std::to_string(static_cast<int>(dtype));
+    case ffi::F64:
+      return "float64";
+    case ffi::F32:
+      return "float32";
+    case ffi::F16:
+      return "float16";
+    case ffi::BF16:
+      return "bfloat16";
+    case ffi::S32:
+      return "int32";
+    case ffi::U8:
+      return "uint8";
+    default:
+      return "XLA element type " + std::to_string(static_cast<int>(dtype));
   }
 }
 
@@ -69,7 +76,7 @@ class Operand {
   void expect_rank(size_t rank) const {
     if (buffer_.dimensions().size() != rank) {
       refuse(name_ + " has shape " + to_string(buffer_.dimensions()) + ", expected " +
-                        std::to_string(rank) + " dimensions");
+             std::to_string(rank) + " dimensions");
     }
   }
 
@@ -78,25 +85,27 @@ class Operand {
     const ffi::Span<const int64_t> got = buffer_.dimensions();
     if (got.size() != dims.size() || !std::equal(dims.begin(), dims.end(), got.begin())) {
       refuse(name_ + " has shape " + to_string(got) + ", expected " + meaning + " = " +
-                        to_string(ffi::Span<const int64_t>(dims.begin(), dims.size())));
+             to_string(ffi::Span<const int64_t>(dims.begin(), dims.size())));
     }
   }
 
   void expect_dtype(ffi::DataType dtype) const {
     if (buffer_.element_type() != dtype) {
-      refuse(name_ + " is " + to_string(buffer_.element_type()) + ", expected " +
-                        to_string(dtype));
+      refuse(name_ + " is " + to_string(buffer_.element_type()) + ", expected " + to_string(dtype));
     }
   }
 
   DType float_dtype() const {
     switch (buffer_.element_type()) {
-      case ffi::F32: return DType::kF32;
-      case ffi::BF16: return DType::kBF16;
-      case ffi::F16: return DType::kF16;
+      case ffi::F32:
+        return DType::kF32;
+      case ffi::BF16:
+        return DType::kBF16;
+      case ffi::F16:
+        return DType::kF16;
       default:
         refuse(name_ + " is " + to_string(buffer_.element_type()) +
-                          ", expected float32, bfloat16 or float16");
+               ", expected float32, bfloat16 or float16");
     }
   }
 
@@ -104,7 +113,9 @@ class Operand {
   int64_t bytes() const { return static_cast<int64_t>(buffer_.size_bytes()); }
   ffi::DataType dtype() const { return buffer_.element_type(); }
   template <typename T>
-  T* data() const { return static_cast<T*>(buffer_.untyped_data()); }
+  T* data() const {
+    return static_cast<T*>(buffer_.untyped_data());
+  }
 
  private:
   std::string name_;
@@ -123,7 +134,7 @@ class OperandReader {
   void expect_end() const {
     if (next_ != args_.size()) {
       refuse("got " + std::to_string(args_.size()) + " operands, expected " +
-                        std::to_string(next_));
+             std::to_string(next_));
     }
   }
 
@@ -142,8 +153,7 @@ class ResultReader {
   }
   void expect_end() const {
     if (next_ != rets_.size()) {
-      refuse("got " + std::to_string(rets_.size()) + " results, expected " +
-                        std::to_string(next_));
+      refuse("got " + std::to_string(rets_.size()) + " results, expected " + std::to_string(next_));
     }
   }
 
@@ -165,7 +175,7 @@ class AttributeReader {
   void expect_end() const {
     if (attributes_.size() != read_) {
       refuse("got " + std::to_string(attributes_.size()) + " attributes, expected " +
-                        std::to_string(read_));
+             std::to_string(read_));
     }
   }
 
@@ -198,7 +208,7 @@ inline void check_call(const Status& status, const Operand& workspace, int64_t n
   refuse_unless_ok(status);
   if (workspace.bytes() < needed) {
     refuse("workspace has " + std::to_string(workspace.bytes()) + " bytes, expected " +
-                      std::to_string(needed) + ": was the program lowered by another version?");
+           std::to_string(needed) + ": was the program lowered by another version?");
   }
 }
 
@@ -233,9 +243,8 @@ inline ffi::Error to_error(const Status& status) {
 template <const char* kTarget, auto kRead, auto kLaunch>
 ffi::Error execute(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                    ffi::Dictionary attributes) {
-  return guarded(kTarget, [&] {
-    return to_error(kLaunch(kRead({args, rets, attributes}), stream));
-  });
+  return guarded(kTarget,
+                 [&] { return to_error(kLaunch(kRead({args, rets, attributes}), stream)); });
 }
 
 // Stops before the launch.

@@ -14,7 +14,7 @@
 
 namespace jax_flashkda {
 
-inline constexpr int64_t kShortConvWidth = 4;                    // W
+inline constexpr int64_t kShortConvWidth = 4;                      // W
 inline constexpr int64_t kShortConvHistory = kShortConvWidth - 1;  // rows of a state
 // Channels come in whole 16-byte pieces of the narrowest type.
 inline constexpr int64_t kShortConvChannelMultiple = 8;
@@ -35,9 +35,10 @@ struct ShortConvParams {
   const float* kernel;         // [B, W, C]         the last row multiplies the token itself
   const float* bias;           // [B, C]            may be null: zero
   const float* initial_state;  // [B, N, W - 1, C]  may be null: zero
-  const int32_t* segment_ids;  // [B, T]  may be null: one segment a row. With initial_state an id is
-                               // the slot of its segment, and the initial state of ids past N zero
-  void* y;                     // [B, T, C]
+  const int32_t*
+      segment_ids;  // [B, T]  may be null: one segment a row. With initial_state an id is
+                    // the slot of its segment, and the initial state of ids past N zero
+  void* y;          // [B, T, C]
 
   bool silu;
   bool has_padding_segment_id;

@@ -1,7 +1,8 @@
-// The short convolution, its gradients and its step against a float64 oracle, without XLA: exact-size
-// allocations, poisoned outputs, bitwise repeats; segments of every length, padding, initial states;
-// NaN in neighbours and in padding; a segment alone and packed; more elements than 2^31; slots that
-// are negative, past the pool or named twice. Prints a line a case; exit status 1 on failure.
+// The short convolution, its gradients and its step against a float64 oracle, without XLA:
+// exact-size allocations, poisoned outputs, bitwise repeats; segments of every length, padding,
+// initial states; NaN in neighbours and in padding; a segment alone and packed; more elements than
+// 2^31; slots that are negative, past the pool or named twice. Prints a line a case; exit status 1
+// on failure.
 //   short_conv_test [--quick]      --quick: no large call, for compute-sanitizer
 #include <algorithm>
 #include <climits>
@@ -247,8 +248,8 @@ std::vector<uint16_t> tokens_of(const DeviceBuffer& x, int64_t C, int64_t low, i
   return {all.begin() + low * C, all.begin() + high * C};
 }
 
-// What lies outside a segment, NaN included, changes none of its bits; a segment's bits are those it
-// has alone.
+// What lies outside a segment, NaN included, changes none of its bits; a segment's bits are those
+// it has alone.
 bool check_isolation() {
   const std::vector<int64_t> lengths = {3, 1, 1, 2, -3, 40, 1, -1, 200, 9, -30, 64, 4};
   Case c{"", 1, 359, 520};
@@ -297,8 +298,8 @@ bool check_padding() {
           poisoned.x[at] = kNaN, poisoned.d_y[at] = i % 2 ? INFINITY : kNaN;
         }
   Launch clean(c, o), launch(c, poisoned);
-  return report("padding full of NaN", clean.run(0xFF) && launch.run(0x3C) && launch.same_bits(clean),
-                "equal bits");
+  return report("padding full of NaN",
+                clean.run(0xFF) && launch.run(0x3C) && launch.same_bits(clean), "equal bits");
 }
 
 // The last segment of a row of more than 2^31 elements has the bits that it has alone.

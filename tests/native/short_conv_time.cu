@@ -105,8 +105,8 @@ void divide_backward(const Timed& timed) {
 
 void time_convolution(int64_t T, int64_t C, int64_t length, bool divide) {
   const Timed timed(T, C, length);
-  timed.print("forward",
-              median_ms([&](int i) { require(convolve(timed.forward(i), nullptr)); }), 2);
+  timed.print("forward", median_ms([&](int i) { require(convolve(timed.forward(i), nullptr)); }),
+              2);
   timed.print("backward",
               median_ms([&](int i) { require(convolve_backward(timed.backward(i), nullptr)); }), 3);
   if (!divide) return;

@@ -5,12 +5,12 @@
 //
 // Grid and walk as the forward's. A thread computes dz of its tokens and of the three behind them,
 // and carries the dx of three tokens that later ones still add to: a token adds to those of its run
-// alone. Sums over a thread's tokens are added over the CTA's warps in a fixed order and left in the
-// workspace [tile, W + 1, C]; short_conv_reduce_kernel adds the tiles of a row, again in a fixed
-// order, so there are no atomics and the bits repeat.
+// alone. Sums over a thread's tokens are added over the CTA's warps in a fixed order and left in
+// the workspace [tile, W + 1, C]; short_conv_reduce_kernel adds the tiles of a row, again in a
+// fixed order, so there are no atomics and the bits repeat.
 //
-// Reads x and d_y, writes dx: 3 B T C elements, 0.421 ms for B T = 8192, C = 3 * 96 * 128 in bf16 at
-// 4.3 TB/s, 0.140 ms for C = 3 * 32 * 128; the tiles' sums add 5 %.
+// Reads x and d_y, writes dx: 3 B T C elements, at 4.3 TB/s and B T = 8192 in bf16 0.421 ms where C
+// is 3 * 96 * 128, 0.140 ms where it is 3 * 32 * 128; the tiles' sums add 5 %.
 #pragma once
 
 #include "sm90/short_conv/convolution.cuh"
@@ -32,7 +32,8 @@ struct Sums {
 #pragma unroll
     for (int j = 0; j < Config::kVector; ++j) {
 #pragma unroll
-      for (int w = 0; w < kHistory; ++w) values[w][j] = fmaf(dz[j], window.before[w][j], values[w][j]);
+      for (int w = 0; w < kHistory; ++w)
+        values[w][j] = fmaf(dz[j], window.before[w][j], values[w][j]);
       values[kHistory][j] = fmaf(dz[j], x[j], values[kHistory][j]);
       values[kWidth][j] += dz[j];
     }
@@ -78,7 +79,8 @@ __device__ __forceinline__ void differentiate(const ShortConvParams& p,
 // d_initial_state of the segment that begins at token first + start.
 template <class Config>
 __device__ __forceinline__ void state_gradient(const ShortConvBackwardParams& p,
-                                            const Part<Config>& part, const Runs& runs, int start) {
+                                               const Part<Config>& part, const Runs& runs,
+                                               int start) {
   using Element = typename Config::Element;
   constexpr int kVector = Config::kVector;
   const ShortConvParams& f = p.forward;
@@ -106,8 +108,8 @@ __device__ __forceinline__ void state_gradient(const ShortConvBackwardParams& p,
   }
 #pragma unroll
   for (int j = 0; j < kHistory; ++j)
-    store_elements(p.d_initial_state, DType::kF32,
-                   state_at(f.shape, part, slot) + j * f.shape.C, gradient[j]);
+    store_elements(p.d_initial_state, DType::kF32, state_at(f.shape, part, slot) + j * f.shape.C,
+                   gradient[j]);
 }
 
 // dx of the last three tokens, oldest first, so far.
@@ -161,10 +163,11 @@ struct Operands {
 // kBatch tokens from `first` on. Plain ones: all are the warp's own, as are the three before them,
 // and in none of these does a run begin.
 template <bool kPlain, class Config>
-__device__ __forceinline__ void differentiate_batch(
-    const ShortConvParams& p, const Part<Config>& part, const Runs& runs,
-    const Operands<Config>& operands, int first, RowWindow<Config>& window, Sums<Config>& sums,
-    Pending<Config::kVector>& pending) {
+__device__ __forceinline__ void differentiate_batch(const ShortConvParams& p,
+                                                    const Part<Config>& part, const Runs& runs,
+                                                    const Operands<Config>& operands, int first,
+                                                    RowWindow<Config>& window, Sums<Config>& sums,
+                                                    Pending<Config::kVector>& pending) {
   constexpr int kVector = Config::kVector, kBatch = Config::kBatch;
   const int64_t C = p.shape.C, start = first * C;
   Packed<Config> batch_x[kBatch], batch_d_y[kBatch];
@@ -240,18 +243,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
 // d_kernel and d_bias: the sums of a row's tiles. Grid: a CTA for every kChannels channels of every
 // sum of every row; its warps take every eighth tile each, and then warp 0 adds up the warps.
-__global__ void __launch_bounds__(ReduceConfig::kThreads)
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
     short_conv_reduce_kernel(const __grid_constant__ ShortConvBackwardParams p, int64_t tiles) {
-  constexpr int kWarps = ReduceConfig::kWarps;
+  constexpr int kWarps = Config::kWarps;
   __shared__ float4 shared[kWarps][32];
   const int64_t C = p.forward.shape.C;
-  const uint32_t groups = static_cast<uint32_t>((C + ReduceConfig::kChannels - 1) / ReduceConfig::kChannels);
+  const uint32_t groups = static_cast<uint32_t>((C + Config::kChannels - 1) / Config::kChannels);
   const uint32_t sums = static_cast<uint32_t>(p.d_bias != nullptr ? kWidth + 1 : kWidth);
   const uint32_t w = blockIdx.x / groups % sums;
   const int64_t row = blockIdx.x / groups / sums;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t channel =
-      int64_t{blockIdx.x % groups} * ReduceConfig::kChannels + lane * ReduceConfig::kVector;
+  const int64_t channel = int64_t{blockIdx.x % groups} * Config::kChannels + lane * Config::kVector;
   const bool exists = channel < C;
   const auto add = [](float4& sum, const float4& more) {
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;

@@ -63,7 +63,8 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[kVecto
 template <class Config>
 struct Part {
   __device__ Part(const ShortConvShape& s, int walk) {
-    const uint32_t groups = static_cast<uint32_t>((s.C + Config::kChannels - 1) / Config::kChannels);
+    const uint32_t groups =
+        static_cast<uint32_t>((s.C + Config::kChannels - 1) / Config::kChannels);
     const uint32_t tiles =
         static_cast<uint32_t>((s.T + Config::kWarps * walk - 1) / (Config::kWarps * walk));
     tile = blockIdx.x / groups;
@@ -80,10 +81,10 @@ struct Part {
     return (row * s.T + first + i) * s.C + channel;
   }
 
-  uint32_t tile;       // of all rows
+  uint32_t tile;  // of all rows
   int64_t row, first_channel, channel;
-  int64_t first;       // the warp's first token
-  int tokens;          // of the warp; 0 where a thread has no channels
+  int64_t first;  // the warp's first token
+  int tokens;     // of the warp; 0 where a thread has no channels
 };
 
 // Of the tokens around a warp's: bit i + kHistory belongs to token first + i. A run begins at the
@@ -91,8 +92,7 @@ struct Part {
 struct Runs {
   template <class Part>
   __device__ Runs(const ShortConvParams& p, const Part& part) {
-    const int32_t* ids =
-        p.segment_ids != nullptr ? p.segment_ids + part.row * p.shape.T : nullptr;
+    const int32_t* ids = p.segment_ids != nullptr ? p.segment_ids + part.row * p.shape.T : nullptr;
     const int64_t T = p.shape.T;
     uint32_t begin_words[2], padding_words[2];
 #pragma unroll

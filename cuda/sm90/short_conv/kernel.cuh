@@ -2,13 +2,13 @@
 // (problem/short_conv.h), zero at padding.
 //
 // Grid: a CTA for every kChannels channels of every 4 walks of tokens of a row. A thread keeps its
-// channels' kernel and the three inputs before a token in registers and moves along the tokens; where
-// a run begins the window starts anew, which is all there is of segments: ids are compared, no table
-// is needed. Only the three tokens before a walk are read twice, and those come out of L2.
+// channels' kernel and the three inputs before a token in registers and moves along the tokens;
+// where a run begins the window starts anew, which is all there is of segments: ids are compared,
+// no table is needed. Only the three tokens before a walk are read twice, and those come out of L2.
 //
-// Reads x [B, T, C], writes y: 2 B T C elements and nothing else of size, so the time is their bytes
-// at 4.3 TB/s: 0.281 ms for B T = 8192, C = 3 * 96 * 128 in bf16, 0.094 ms for C = 3 * 32 * 128. Two
-// special-function operations an element, 0.16 ms of 0.28, stay below it.
+// Reads x [B, T, C], writes y: 2 B T C elements and nothing else of size, so the time is their
+// bytes at 4.3 TB/s. For B T = 8192 in bf16: 0.281 ms where C is 3 * 96 * 128, 0.094 ms where it is
+// 3 * 32 * 128. Two special-function operations an element, 0.16 ms of 0.28, stay below it.
 #pragma once
 
 #include "sm90/short_conv/convolution.cuh"

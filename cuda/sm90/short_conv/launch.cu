@@ -15,8 +15,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Config>
 unsigned grid_of(const ShortConvShape& s, int64_t walk) {
-  return static_cast<unsigned>(s.B * short_conv_tiles(s, walk) *
-                               divide_up(s.C, Config::kChannels));
+  return static_cast<unsigned>(s.B * short_conv_tiles(s, walk) * divide_up(s.C, Config::kChannels));
 }
 
 template <class Config>
@@ -50,8 +49,8 @@ Status launch_reduce(const ShortConvBackwardParams& params, CUstream_st* stream)
   const ShortConvShape& s = params.forward.shape;
   const int64_t sums = kShortConvWidth + (params.d_bias != nullptr ? 1 : 0);
   const int64_t ctas = s.B * sums * divide_up(s.C, ReduceConfig::kChannels);
-  launch_early(short_conv_reduce_kernel, static_cast<unsigned>(ctas), ReduceConfig::kThreads, 0,
-               stream, params, short_conv_tiles(s, short_conv_walk(s)));
+  launch_early(short_conv_reduce_kernel<ReduceConfig>, static_cast<unsigned>(ctas),
+               ReduceConfig::kThreads, 0, stream, params, short_conv_tiles(s, short_conv_walk(s)));
   return launch_status("short_conv_reduce_kernel");
 }
 
@@ -82,7 +81,7 @@ Status launch_short_conv_step(const ShortConvStepParams& params, CUstream_st* st
   constexpr int64_t kChannels = StepConfig::kThreads * StepConfig::kVector;
   const auto ctas = static_cast<unsigned>(params.shape.N * divide_up(params.shape.C, kChannels));
   clear_older_error();
-  short_conv_step_kernel<<<ctas, StepConfig::kThreads, 0, stream>>>(params);
+  short_conv_step_kernel<StepConfig><<<ctas, StepConfig::kThreads, 0, stream>>>(params);
   return launch_status("short_conv_step_kernel");
 }
 

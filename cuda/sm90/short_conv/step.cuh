@@ -1,29 +1,29 @@
 // The short convolution of the next 1 to 8 tokens of N sequences, and the inputs to go on from, in
 // place: state <- the last W - 1 of (state, x).
 //
-// Grid: a CTA for every kThreads * kVector channels of a sequence. All that a thread needs is loaded
-// at once, so a step takes one latency of memory: reads x [N, T, C], the state [slots, W - 1, C] and
-// the kernel, writes y and the state. 8.4 MB for N = 64, T = 1, C = 3 * 32 * 128 in bf16 would be
-// 2.9 us at 4.3 TB/s; what is in L2 comes faster and a launch costs about as much.
+// Grid: a CTA for every kThreads * kVector channels of a sequence. All that a thread needs is
+// loaded at once, so a step takes one latency of memory: reads x [N, T, C], the kernel and the state
+// [slots, W - 1, C], writes y and the state. The 12.6 MB of N = 64, T = 1, C = 3 * 32 * 128 in bf16
+// would be 2.9 us at 4.3 TB/s; what is in L2 comes faster, and a launch costs about as much.
 //
-// A sequence without a slot writes zeros to y and nothing else. Two sequences with one slot both read
-// and write it, in bounds and in no order.
+// A sequence without a slot writes zeros to y and nothing else. Two sequences with one slot both
+// read and write it, in bounds and in no order.
 #pragma once
 
 #include "sm90/short_conv/convolution.cuh"
 
 namespace jax_flashkda::short_conv {
 
-__global__ void __launch_bounds__(StepConfig::kThreads)
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
     short_conv_step_kernel(const __grid_constant__ ShortConvStepParams p) {
-  constexpr int kVector = StepConfig::kVector, kTokens = static_cast<int>(kMostStepTokens);
+  constexpr int kVector = Config::kVector, kTokens = static_cast<int>(kMostStepTokens);
   const int64_t C = p.shape.C;
   const int T = static_cast<int>(p.shape.T);
-  const uint32_t groups = static_cast<uint32_t>((C + StepConfig::kThreads * kVector - 1) /
-                                                (StepConfig::kThreads * kVector));
+  const uint32_t groups =
+      static_cast<uint32_t>((C + Config::kThreads * kVector - 1) / (Config::kThreads * kVector));
   const int64_t n = blockIdx.x / groups;
-  const int64_t channel =
-      (int64_t{blockIdx.x % groups} * StepConfig::kThreads + threadIdx.x) * kVector;
+  const int64_t channel = (int64_t{blockIdx.x % groups} * Config::kThreads + threadIdx.x) * kVector;
   if (channel >= C) return;
   const int64_t slot = p.state_indices != nullptr ? p.state_indices[n] : n;
   const bool exists = slot >= 0 && slot < p.shape.slots;

@@ -1,7 +1,7 @@
 """The programs of tests/native that test what Python cannot see, where they have been built.
 
 cmake -S . -B build -DJAX_FLASHKDA_NATIVE_TESTS=ON
-cmake --build build --target stages_test segment_table_test step_test
+cmake --build build --target stages_test segment_table_test step_test short_conv_test
 """
 
 import pathlib
@@ -14,7 +14,10 @@ pytestmark = pytest.mark.gpu
 PROGRAMS = pathlib.Path(__file__).parent.parent / "build" / "tests" / "native"
 
 
-@pytest.mark.parametrize("command", ["stages_test", "segment_table_test --untimed", "step_test"])
+@pytest.mark.parametrize(
+    "command",
+    ["stages_test", "segment_table_test --untimed", "step_test", "short_conv_test --quick"],
+)
 def test_native_program(command):
     name, *arguments = command.split()
     if not (PROGRAMS / name).exists():

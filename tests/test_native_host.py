@@ -735,3 +735,158 @@ def test_the_step_handler_takes(changes):
 def test_the_step_handler_refuses(changes, text):
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(text)):
         call_step_handler(**changes)
+
+
+# The short convolution's handlers
+
+CONV_X = ((B, T, H, K), "bfloat16")
+CONV_OPERANDS = {
+    "x": CONV_X,
+    "kernel": ((B, 4, H, K), "float32"),
+    "bias": ((B, H, K), "float32"),
+    "initial_state": ((B, N, 3, H, K), "float32"),
+    "segment_ids": ((B, T), "int32"),
+}
+CONV_STEP_OPERANDS = {
+    "x": ((N_STEP, 2, H, K), "bfloat16"),
+    "kernel": ((1, 4, H, K), "float32"),
+    "bias": ((1, H, K), "float32"),
+    "state": ((7, 3, H, K), "float16"),
+    "state_indices": ((N_STEP,), "int32"),
+}
+CONV_CALLS = dict(
+    short_conv=(CONV_OPERANDS, {"y": CONV_X}),
+    short_conv_backward=(
+        CONV_OPERANDS | {"d_y": CONV_X},
+        {"dx": CONV_X}
+        | {f"d_{name}": CONV_OPERANDS[name] for name in ("kernel", "bias", "initial_state")},
+    ),
+    short_conv_step=(
+        CONV_STEP_OPERANDS,
+        {"y": CONV_STEP_OPERANDS["x"], "state": CONV_STEP_OPERANDS["state"]},
+    ),
+)
+CONV_ATTRIBUTES = dict(silu=np.bool_(True), has_bias=np.bool_(True))
+CONV_STEP_ATTRIBUTES = CONV_ATTRIBUTES | dict(
+    has_state_indices=np.bool_(True), parameters_per_sequence=np.bool_(False)
+)
+CONV_ATTRIBUTES |= {name: ATTRIBUTES[name] for name in ("has_initial_state", "has_segment_ids")}
+CONV_ATTRIBUTES |= {name: ATTRIBUTES[name] for name in ATTRIBUTES if "padding" in name}
+CONV_ATTRIBUTES["max_segments"] = np.int64(N)
+
+
+def call_conv_handler(stage, changes=None, in_place=True, workspace=None, **attributes):
+    """`changes`: other operands and results by name, None to leave one out."""
+    operands, results = ({**specs} for specs in CONV_CALLS[stage])
+    for name, spec in (changes or {}).items():
+        for specs in (operands, results):
+            if name in specs:
+                specs[name] = spec
+    if stage == "short_conv_backward":
+        needed = extension().short_conv_workspace_bytes(B, T, H * K)
+        results["workspace"] = ((needed if workspace is None else workspace,), "uint8")
+    operands, results = (
+        {name: spec for name, spec in specs.items() if spec is not None}
+        for specs in (operands, results)
+    )
+    out = [jax.ShapeDtypeStruct(*spec) for spec in results.values()]
+    is_step = stage == "short_conv_step"
+    aliases = {list(operands).index("state"): 1} if is_step and in_place else {}
+    attributes = (CONV_STEP_ATTRIBUTES if is_step else CONV_ATTRIBUTES) | attributes
+
+    def program():
+        arrays = [jnp.zeros(*spec) for spec in operands.values()]
+        call = jax.ffi.ffi_call(checking_targets()[stage], out, input_output_aliases=aliases)
+        return call(*arrays, **attributes)
+
+    return jax.block_until_ready(jax.jit(program)())
+
+
+def conv_refusal(stage, *args, **kwargs):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        call_conv_handler(stage, *args, **kwargs)
+    message = str(caught.value)
+    assert message.startswith(f"INVALID_ARGUMENT: jax_flashkda.{stage}: ")
+    return message
+
+
+@pytest.mark.parametrize("stage", CONV_CALLS)
+def test_the_short_conv_handlers_take_a_valid_call(stage):
+    call_conv_handler(stage)
+    call_conv_handler(stage, dict(bias=None, d_bias=None), has_bias=np.bool_(False))
+    if stage == "short_conv_step":
+        changes = dict(state_indices=None, state=((N_STEP, 3, H, K), "float16"))
+        return call_conv_handler(stage, changes, has_state_indices=np.bool_(False))
+    changes = dict(initial_state=None, d_initial_state=None, segment_ids=None)
+    absent = dict(has_initial_state=np.bool_(False), has_segment_ids=np.bool_(False))
+    call_conv_handler(stage, changes, **absent)
+
+
+@pytest.mark.parametrize(
+    "stage, name",
+    [(stage, name) for stage, call in CONV_CALLS.items() for specs in call for name in specs],
+)
+@pytest.mark.parametrize("fault", ["rank", "dimension", "dtype"])
+def test_the_short_conv_handlers_check_every_operand(stage, name, fault):
+    operands, results = CONV_CALLS[stage]
+    shape, dtype = (operands | results)[name]
+    faulty = {
+        "rank": ((1, *shape), dtype),
+        "dimension": ((*shape[:-1], shape[-1] + 8), dtype),
+        "dtype": (shape, "uint32"),
+    }[fault]
+    blamed = re.match(r"\S+ \S+ (\w+) (has|is) ", conv_refusal(stage, {name: faulty}))[1]
+    # The others are held against the dimensions of x, so of a wrong one another differs first.
+    other = dict(short_conv_step="y").get(stage, "kernel")
+    assert blamed == (other if (name, fault) == ("x", "dimension") else name)
+
+
+@pytest.mark.parametrize("stage", CONV_CALLS)
+def test_the_short_conv_handlers_refuse(stage):
+    is_step = stage == "short_conv_step"
+    for name in CONV_STEP_ATTRIBUTES if is_step else CONV_ATTRIBUTES:
+        assert f"attribute {name}: " in conv_refusal(stage, **{name: np.float64(1)})
+    expected = len(CONV_STEP_ATTRIBUTES if is_step else CONV_ATTRIBUTES)
+    message = conv_refusal(stage, more=np.int32(0))
+    assert f"got {expected + 1} attributes, expected {expected}" in message
+    assert (
+        "missing from the operands" in conv_refusal(stage, dict(kernel=None, bias=None)) or is_step
+    )
+    conv_refusal(stage, has_bias=np.bool_(False))
+    if is_step:
+        assert "state is not updated in place" in conv_refusal(stage, in_place=False)
+        names = ("x", "y")
+    else:
+        conv_refusal(stage, max_segments=np.int64(N + 1))
+        names = ("x", "y", "dx", "d_y")
+        half = {name: (CONV_X[0], "float16") for name in names}
+        assert "x is f16, the kernels take bf16, f32" in conv_refusal(stage, half)
+    cut = lambda spec: ((*spec[0][:-1], K - 1), spec[1])
+    operands, results = CONV_CALLS[stage]
+    fewer = {n: cut(s) for n, s in (operands | results).items() if s[0][-1] == K}
+    assert "there are 254 channels" in conv_refusal(stage, fewer)
+    if stage == "short_conv_backward":
+        needed = extension().short_conv_workspace_bytes(B, T, H * K)
+        message = conv_refusal(stage, workspace=needed - 1)
+        assert f"workspace has {needed - 1} bytes, expected {needed}" in message
+    call_conv_handler(stage)
+
+
+def test_the_short_conv_step_handler_counts_tokens():
+    operands, results = CONV_CALLS["short_conv_step"]
+    nine = {name: ((N_STEP, 9, H, K), "bfloat16") for name in ("x", "y")}
+    assert "T is 9, must lie in [1, 8]" in conv_refusal("short_conv_step", nine)
+
+
+@given(
+    B=st.integers(1, 9),
+    T=st.integers(1, 200_000),
+    C=st.integers(1, 6000),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_workspace_of_the_short_conv(B, T, C):
+    """Five sums a channel for every tile of 32 to 128 tokens."""
+    bytes_ = extension().short_conv_workspace_bytes(B, T, 8 * C)
+    sums = 5 * 8 * C * 4
+    assert B * -(-T // 128) * sums <= bytes_ <= B * -(-T // 32) * sums
+    assert bytes_ % sums == 0

@@ -270,7 +270,7 @@ def shard_alike(problem, operands):
     mesh = _mesh(operands)
     if AxisType.Explicit not in mesh.axis_types:
         return operands
-    names, _ = problem.signature(problem.stages[1])
+    names, _ = problem.signature(problem.stages[-1])
     batch, heads = _split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
     return tuple(
         jax.sharding.reshard(operand, NamedSharding(mesh, _spec(problem, name, batch, heads)))

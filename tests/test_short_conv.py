@@ -219,6 +219,32 @@ def test_a_donated_state_is_updated_in_place(slots):
     assert state.is_deleted()
 
 
+@pytest.mark.gpu
+def test_command_buffer():
+    """Captured and replayed with other ids: the same bits."""
+    arrays, step = inputs(dtype=jnp.bfloat16, N=3), step_inputs(dtype=jnp.bfloat16, slots=7)
+    d_y = normal(*arrays["x"].shape, dtype=jnp.bfloat16)
+
+    def several(arrays, d_y, step):
+        results = []
+        for i in range(4):  # enough launches to be worth a graph
+            turned = arrays | dict(x=jnp.roll(arrays["x"], i, axis=1))
+            results.append(gradients(turned, d_y, implementation="cuda"))
+            step = step | dict(x=jnp.roll(step["x"], i, axis=0))
+            results.append(short_conv_step(**step, implementation="cuda"))
+        return results
+
+    lowered = jax.jit(several).lower(arrays, d_y, step)
+    off = lowered.compile({"xla_gpu_enable_command_buffer": ""})
+    on = lowered.compile(
+        {"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1}
+    )
+    other = arrays | dict(segment_ids=arrays["segment_ids"][:, ::-1])
+    for each in (arrays, other, arrays):
+        for _ in range(3):
+            assert_same_bits(on(each, d_y, step), off(each, d_y, step))
+
+
 # ----------------------------------------------------------------------------------- transforms
 
 
@@ -311,12 +337,13 @@ def test_sharded(kind):
         assert_close(everything(placed(arrays, mesh, specs)), wanted, eps=1e-5)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("slots", [None, 6])
-def test_sharded_step(slots):
+def test_sharded_step(slots, kind):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     arrays = step_inputs(N=4, slots=slots)
-    mesh = jax.make_mesh((2, 4), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("data", "heads"), axis_types=(kind,) * 2)
     token = P(None if slots else "data", None, "heads")
     specs = dict(x=token, kernel=P(None, "heads"), bias=P("heads"), state=token, state_indices=P())
     with jax.set_mesh(mesh):

@@ -49,7 +49,7 @@ struct Sums {
       for (int j = 0; j < Config::kVector; ++j) shared[warp][w][own + j] = values[w][j];
     __syncthreads();  // all warps' sums, before any thread adds them
     const int64_t C = p.forward.shape.C;
-    float* sums = static_cast<float*>(p.workspace) + part.tile * Config::kSums * C;
+    float* sums = static_cast<float*>(p.workspace) + int64_t{part.tile} * Config::kSums * C;
     for (int i = threadIdx.x; i < Config::kSums * Config::kChannels; i += Config::kThreads) {
       const int w = i / Config::kChannels, c = i % Config::kChannels;
       if (part.first_channel + c >= C) continue;

@@ -54,6 +54,25 @@ VALID_STEP = (
     | dict(A_log_at=0, dt_bias_at=0)
 )
 
+# A valid short convolution, and its step.
+CONV_ADDRESSES = ("x", "kernel", "bias", "initial_state", "segment_ids", "y", "d_y", "dx")
+CONV_ADDRESSES += ("d_kernel", "d_bias", "d_initial_state", "workspace")
+VALID_CONV = dict(B=2, T=65, C=256, N=3, dtype=BF16) | {
+    f"{name}_at": 4096 * (i + 1) for i, name in enumerate(CONV_ADDRESSES)
+}
+CONV_STEP_ADDRESSES = ("x", "kernel", "bias", "state_indices", "state", "y")
+VALID_CONV_STEP = (
+    dict(N=3, T=2, C=256, slots=7)
+    | dict(dtype=BF16, kernel_dtype=F32, state_dtype=F16)
+    | {f"{name}_at": 4096 * (i + 1) for i, name in enumerate(CONV_STEP_ADDRESSES)}
+)
+VALID_CALLS = dict(
+    step=VALID_STEP,
+    short_conv=VALID_CONV,
+    short_conv_backward=VALID_CONV,
+    short_conv_step=VALID_CONV_STEP,
+)
+
 
 class HostProgram:
     """native_host.cc, compiled once; `ask` sends it a call and returns its answer."""
@@ -71,7 +90,7 @@ class HostProgram:
         )
 
     def ask(self, stage="forward", **changes):
-        valid = VALID_STEP if stage == "step" else VALID
+        valid = VALID_CALLS.get(stage, VALID)
         call = valid | changes
         assert call.keys() == valid.keys()
         print(stage, *call.values(), file=self._process.stdin, flush=True)
@@ -735,6 +754,66 @@ def test_the_step_handler_takes(changes):
 def test_the_step_handler_refuses(changes, text):
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(text)):
         call_step_handler(**changes)
+
+
+# The short convolution
+
+CONV_STAGES = ("short_conv", "short_conv_backward", "short_conv_step")
+CONV_FAULTS = [
+    (CONV_STAGES[:2], dict(B=-1), "B is -1, must not be negative"),
+    (CONV_STAGES[:2], dict(T=-1), "T is -1"),
+    (CONV_STAGES[:2], dict(dtype=F16), "x is f16, the kernels take bf16, f32"),
+    (CONV_STAGES[:2], dict(segment_ids_at=0), "N is 3, must be 1 without segment_ids"),
+    (CONV_STAGES[:2], dict(segment_ids_at=2), "segment_ids is not aligned to 4 bytes"),
+    (CONV_STAGES[:2], dict(B=2**20, T=2**10), "is 1048576 * 1024 * 2, must be below 2^31"),
+    (CONV_STAGES, dict(C=252), "there are 252 channels, must be a positive multiple of 8"),
+    (CONV_STAGES, dict(C=0), "there are 0 channels"),
+    (CONV_STAGES, dict(x_at=0), "x is missing"),
+    (CONV_STAGES, dict(kernel_at=8), "kernel is not aligned to 16 bytes"),
+    (CONV_STAGES, dict(bias_at=8), "bias is not aligned to 16 bytes"),
+    (("short_conv", "short_conv_step"), dict(y_at=8), "y is not aligned to 16 bytes"),
+    (("short_conv_backward",), dict(d_y_at=0), "d_y is missing"),
+    (("short_conv_backward",), dict(dx_at=8), "dx is not aligned to 16 bytes"),
+    (("short_conv_backward",), dict(d_bias_at=0), "d_bias is missing"),
+    (("short_conv_backward",), dict(bias_at=0), "d_bias was asked for"),
+    (("short_conv_backward",), dict(workspace_at=0), "workspace is missing"),
+    (("short_conv_step",), dict(T=9), "T is 9, must lie in [1, 8]"),
+    (("short_conv_step",), dict(N=-1), "N is -1"),
+    (("short_conv_step",), dict(state_indices_at=0), "slots is 7, must be N = 3"),
+    (("short_conv_step",), dict(state_at=8), "state is not aligned to 16 bytes"),
+    (("short_conv_step",), dict(kernel_dtype=7), "kernel is unknown type"),
+    (("short_conv_step",), dict(N=2**31), "must be below 2^31: split the batch"),
+]
+
+
+def test_valid_short_convs_pass(host):
+    for stage in CONV_STAGES:
+        assert host.ask(stage)[1] == ""
+    nothing = {f"{name}_at": 0 for name in ("x", "y", "d_y", "dx", "workspace")}
+    for stage in CONV_STAGES[:2]:
+        assert host.ask(stage, T=0, **nothing) == (0, "")
+    for stage in CONV_STAGES[:2]:
+        absent = dict(bias_at=0, d_bias_at=0, initial_state_at=0, d_initial_state_at=0)
+        assert host.ask(stage, **absent)[1] == ""
+
+
+@pytest.mark.parametrize("stages, changes, text", CONV_FAULTS, ids=str)
+def test_each_fault_of_a_short_conv_is_refused_by_name(host, stages, changes, text):
+    for stage in stages:
+        message = host.ask(stage, **changes)[1]
+        assert message.startswith(f"jax_flashkda.{stage}: ") and text in message
+
+
+@given(
+    B=st.integers(0, 2**62), T=st.integers(0, 2**62), C=st.integers(1, 2**58), N=st.integers(0, 9)
+)
+@settings(max_examples=300, deadline=None)
+def test_no_size_of_a_short_conv_overflows(host, B, T, C, N):
+    """Or the program ends: it is compiled with the undefined behaviour sanitizer."""
+    for stage in CONV_STAGES[:2]:
+        bytes_, message = host.ask(stage, B=B, T=T, C=8 * C, N=N)
+        assert bytes_ == 0 if message else B * max(T, 5) * C < 2**35
+    host.ask("short_conv_step", N=B, C=8 * C)
 
 
 # The short convolution's handlers

@@ -66,6 +66,20 @@ nb::list step_variants_as_dicts() {
   return rows;
 }
 
+nb::list short_conv_variants_as_dicts() {
+  nb::list rows;
+  for (const ShortConvVariant& variant : short_conv_variants()) {
+    nb::dict row;
+    row["arch"] = variant.arch;
+    row["width"] = variant.width;
+    row["channel_multiple"] = variant.channel_multiple;
+    row["dtypes"] = numpy_names(variant.dtypes);
+    row["step_dtypes"] = numpy_names(variant.step_dtypes);
+    rows.append(row);
+  }
+  return rows;
+}
+
 using WorkspaceBytes = int64_t (*)(const ForwardShape&);
 
 template <WorkspaceBytes kBytes>
@@ -85,10 +99,16 @@ NB_MODULE(_flashkda, module) {
              "Handlers that check as those do and launch nothing, on any platform.");
   module.def("variants", &variants_as_dicts, "The compiled kernels, a dict each.");
   module.def("step_variants", &step_variants_as_dicts, "The compiled decode steps, a dict each.");
+  module.def("short_conv_variants", &short_conv_variants_as_dicts,
+             "The compiled short convolutions, a dict each.");
   module.def("forward_workspace_bytes", &workspace_bytes<forward_workspace_bytes>, "B"_a, "T"_a,
              "H"_a, "HV"_a, "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
              "Bytes of the workspace result of jax_flashkda.forward.");
   module.def("backward_workspace_bytes", &workspace_bytes<backward_workspace_bytes>, "B"_a, "T"_a,
              "H"_a, "HV"_a, "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
              "Bytes of the workspace result of jax_flashkda.backward.");
+  module.def(
+      "short_conv_workspace_bytes",
+      [](int64_t B, int64_t T, int64_t C) { return short_conv_workspace_bytes({B, T, C, 1}); },
+      "B"_a, "T"_a, "C"_a, "Bytes of the workspace result of jax_flashkda.short_conv_backward.");
 }

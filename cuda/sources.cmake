@@ -1,6 +1,7 @@
 # Everything of the Python-free CUDA library; paths relative to cuda/. No globbing: a file that is not listed is not built.
 set(JAX_FLASHKDA_HOST_SOURCES  # plain host C++ that links without CUDA: checks, sizes, the compiled table
-  dispatch/check.cc)
+  dispatch/check.cc
+  dispatch/check_short_conv.cc)
 set(JAX_FLASHKDA_CUDA_SOURCES
   ${JAX_FLASHKDA_HOST_SOURCES}
   dispatch/dispatch.cc
@@ -11,4 +12,5 @@ set(JAX_FLASHKDA_CUDA_SOURCES
   sm90/chunk_state_gradient/launch.cu
   sm90/chunk_gradient/launch.cu
   sm90/decode_step/launch.cu
+  sm90/short_conv/launch.cu
   sm90/initialize.cu)

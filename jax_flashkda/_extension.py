@@ -45,6 +45,12 @@ def step_variants() -> list[dict]:
     return _required().step_variants()
 
 
+def short_conv_variants() -> list[dict]:
+    """The compiled short convolutions, a row each: `arch`, `width`, `channel_multiple`, and the
+    lists `dtypes` (of x) and `step_dtypes` (of the step's x, of its kernel, of its state)."""
+    return _required().short_conv_variants()
+
+
 def workspace_bytes(
     stage: str, B: int, T: int, H: int, HV: int, K: int, V: int, N: int, has_segment_ids: bool
 ) -> int:
@@ -53,6 +59,11 @@ def workspace_bytes(
         raise ValueError(f"there is no stage {stage!r}; the extension has 'forward' and 'backward'")
     count = getattr(_required(), f"{stage}_workspace_bytes")
     return count(B, T, H, HV, K, V, N, has_segment_ids)
+
+
+def short_conv_workspace_bytes(B: int, T: int, channels: int) -> int:
+    """Bytes of the workspace that `jax_flashkda.short_conv_backward` needs for these sizes."""
+    return _required().short_conv_workspace_bytes(B, T, channels)
 
 
 def _required() -> ModuleType:

@@ -86,8 +86,8 @@ class KimiDeltaAttention(nnx.Module):
       parameter, e.g. ("embed", "heads"): mesh axes, or logical names resolved by Flax's axis
       rules. None leaves the metadata to `kernel_init`, which may be an `nnx.with_partitioning`
       initialiser.
-    - `residual_name`, `implementation`: passed to
-      `kimi_delta_attention`.
+    - `residual_name`: passed to `kimi_delta_attention`.
+    - `implementation`: passed to it and to `short_conv`, and to their steps.
     - `rngs`: random streams; "params" is used.
 
     **Parameters** `q_proj k_proj v_proj o_proj`, `q_conv1d k_conv1d v_conv1d`, `f_a_proj f_b_proj`,
@@ -165,7 +165,7 @@ class KimiDeltaAttention(nnx.Module):
 
         def convolution(channels):
             names = metadata(None, heads, None)
-            return _ShortConv(conv_width, channels, param_dtype, names, rngs)
+            return _ShortConv(conv_width, channels, param_dtype, names, implementation, rngs)
 
         hidden, rank = (hidden_size,), (gate_rank,)
         qk_heads, v_heads = (num_heads, head_dim), (num_value_heads, value_head_dim)
@@ -373,17 +373,18 @@ def _without_padding(x, segments):
 class _ShortConv(nnx.Module):
     """Holds the kernel [W, heads, head_dim] of one short convolution."""
 
-    def __init__(self, width, channels, param_dtype, metadata, rngs):
+    def __init__(self, width, channels, param_dtype, metadata, implementation, rngs):
         # Uniform in +-1/sqrt(W), torch's default for Conv1d, which the models were trained from.
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
         self.kernel = nnx.Param(init(rngs.params(), (width, *channels), param_dtype), **metadata)
+        self.implementation = implementation
 
     @property
     def width(self):
         return self.kernel.shape[0]
 
     def __call__(self, x, **segments):
-        return short_conv(x, self.kernel[...], **segments)
+        return short_conv(x, self.kernel[...], implementation=self.implementation, **segments)
 
     def state_after(self, x, before, max_segments, segments):
         """The last inputs of each segment, or of what was before it where it is short."""
@@ -402,7 +403,13 @@ class _ShortConv(nnx.Module):
         return jnp.where((entry < history).reshape(shape), old, after.astype(before.dtype))
 
     def step(self, x, state, state_indices):
-        return short_conv_step(x, self.kernel[...], state, state_indices=state_indices)
+        return short_conv_step(
+            x,
+            self.kernel[...],
+            state,
+            state_indices=state_indices,
+            implementation=self.implementation,
+        )
 
 
 class _GatedRMSNorm(nnx.Module):

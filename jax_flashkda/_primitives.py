@@ -1,6 +1,7 @@
-"""The two stages of the op, forward and backward, and the decode step as JAX primitives.
+"""The stages of the ops as JAX primitives: forward, backward and decode step of the op and of the
+short convolution.
 
-`forward` and `backward` are what the gradient rule calls, `step` what the decode step is. From the
+`forward` and `backward` are what the gradient rule calls, `step` what a decode step is. From the
 outside in, a call passes
 
     custom_jvp         refuses to be differentiated, in words (the gradient rule sits above)
@@ -28,33 +29,45 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import _chunked, _extension, _recurrent, _support
-from ._problem import Problem, StepProblem
+from . import _chunked, _extension, _recurrent, _segments, _short_conv_xla, _support
+from ._problem import Problem, ShortConvProblem, ShortConvStepProblem, StepProblem
 
-# The FFI targets of the CUDA kernels. The backward recomputes from the raw inputs.
-_FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in ("forward", "backward", "step")}
+# What each stage is on XLA. The backwards recompute from the raw inputs.
+_XLA = {
+    "forward": _chunked.forward,
+    "backward": _chunked.backward,
+    "step": _recurrent.step,
+    "short_conv": _short_conv_xla.forward,
+    "short_conv_backward": _short_conv_xla.backward,
+    "short_conv_step": _short_conv_xla.step,
+}
+
+# The FFI targets of the CUDA kernels.
+_FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in _XLA}
 
 # `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
 DISABLE_JAX_EXPORT_CHECKS = tuple(
     jax.export.DisabledSafetyCheck.custom_call(target) for target in _FFI_TARGETS.values()
 )
 
-_XLA = {"forward": _chunked.forward, "backward": _chunked.backward, "step": _recurrent.step}
+
+def forward(problem: Problem | ShortConvProblem, *operands):
+    """The results of the operands named by `problem.operand_names`."""
+    return _stage(problem.stages[0], problem)(*operands)
 
 
-def forward(problem: Problem, *operands):
-    """(o,) or (o, final_state) of the operands named by `problem.operand_names`."""
-    return _stage("forward", problem)(*operands)
-
-
-def backward(problem: Problem, *operands_and_cotangents):
+def backward(problem: Problem | ShortConvProblem, *operands_and_cotangents):
     """The gradients of `problem.differentiable_names`."""
-    return _stage("backward", problem)(*operands_and_cotangents)
+    return _stage(problem.stages[1], problem)(*operands_and_cotangents)
 
 
-def step(problem: StepProblem, *operands):
-    """(o, state) or (o, state, token_states) of the operands named by `problem.operand_names`."""
-    return _stage("step", problem)(*operands)
+def step(problem: StepProblem | ShortConvStepProblem, *operands):
+    """The results of the operands named by `problem.operand_names`, the state among them."""
+    return _stage(problem.stages[0], problem)(*operands)
+
+
+def _is_step(problem):
+    return isinstance(problem, StepProblem | ShortConvStepProblem)
 
 
 @functools.cache
@@ -65,7 +78,7 @@ def _stage(stage, problem):
 
     @call.def_vmap
     def fold_into_batch(axis_size, in_batched, *operands):
-        fold = _fold_step if stage == "step" else _fold_all
+        fold = _fold_step if _is_step(problem) else _fold_all
         folded_problem, folded = fold(problem, operands, axis_size, in_batched)
         rows = operands[0].shape[1 if in_batched[0] else 0]
         results = _stage(stage, folded_problem)(*folded)
@@ -84,17 +97,18 @@ def _stage(stage, problem):
 
     @reverse_mode_once.defjvp
     def refuse(primals, tangents):
-        raise NotImplementedError(_NOT_DIFFERENTIABLE["step" if stage == "step" else "gradient"])
+        kind = "step" if _is_step(problem) else "gradient"
+        raise NotImplementedError(f"{problem.function} {_NOT_DIFFERENTIABLE[kind]}")
 
     return reverse_mode_once
 
 
 _NOT_DIFFERENTIABLE = {
-    "gradient": "kimi_delta_attention supports reverse-mode differentiation, once: its gradient "
-    "cannot be differentiated again, neither forward (jax.jvp, jax.jacfwd, jax.hessian) nor in "
-    "reverse (jax.grad of jax.grad).",
-    "step": "kimi_delta_attention_step has no derivative; kimi_delta_attention with initial_state "
-    "and return_final_state computes the same and has one.",
+    "gradient": "supports reverse-mode differentiation, once: its gradient cannot be "
+    "differentiated again, neither forward (jax.jvp, jax.jacfwd, jax.hessian) nor in reverse "
+    "(jax.grad of jax.grad).",
+    "step": "has no derivative; the op that it continues, with initial_state, computes the same "
+    "and has one.",
 }
 
 
@@ -112,12 +126,12 @@ def _fold_step(problem, operands, axis_size, in_batched):
     """
     mapped = dict(zip(problem.operand_names, in_batched, strict=True))
     named = problem.named(operands)
-    shared = not (problem.parameters_per_sequence or mapped.get("A_log") or mapped.get("dt_bias"))
-    rows = named["q"].shape[1 if mapped["q"] else 0]
+    shared = not (problem.parameters_per_sequence or any(map(mapped.get, problem.parameter_names)))
+    rows = named[problem.data].shape[1 if mapped[problem.data] else 0]
     slots = named["state"].shape[1 if mapped["state"] else 0]
     folded = {}
     for name, x in named.items():
-        if name in ("A_log", "dt_bias"):
+        if name in problem.parameter_names:
             if not shared and not problem.parameters_per_sequence:
                 x = jnp.repeat(x, rows, axis=1 if mapped[name] else 0)
             folded[name] = x if shared else _fold(x, axis_size, mapped[name])
@@ -256,7 +270,7 @@ def shard_alike(problem, operands):
     mesh = _mesh(operands)
     if AxisType.Explicit not in mesh.axis_types:
         return operands
-    names, _ = problem.signature("backward")
+    names, _ = problem.signature(problem.stages[-1])
     batch, heads = _split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
     return tuple(
         jax.sharding.reshard(operand, NamedSharding(mesh, _spec(problem, name, batch, heads)))
@@ -303,8 +317,8 @@ def _partitioned(stage, problem, devices):
         # Value heads are a factor of their own when they are grouped: tied to the q/k heads, an
         # axis larger than H would be cut into parts that no NamedSharding can name. `partition`
         # makes both agree.
-        q, v = operand_types[0].shape, operand_types[2].shape
-        factors = {"HV": "h" if q[2] == v[2] else "w"}
+        sizes = problem.sizes(operand_types)
+        factors = {"HV": "h" if sizes["H"] == sizes.get("HV") else "w"}
         names = operand_names + result_names
         axes = problem.axes
         terms = [" ".join(factors.get(x, x.lower()) for x in axes[name]) for name in names]
@@ -323,17 +337,17 @@ def _unnamed_split(problem, operands, devices):
     """A mesh and its axes (batch, heads) to split over when JAX can name no axes of the real one.
 
     That is so in a partly manual shard_map, and where a mesh is known to nothing but jax.set_mesh.
-    Any placement is right that all arrays share. This one keeps the number of ways that v arrives
-    split, with the batch as the outer axis of the mesh as is usual, and then nothing moves.
+    Any placement is right that all arrays share. This one keeps the number of ways that the data
+    arrive split, with the batch as the outer axis of the mesh as is usual, and then nothing moves.
     """
-    v = operands[2]
-    local = v.sharding.shard_shape(v.shape)
-    batch, heads = v.shape[0] // local[0], v.shape[2] // local[2]
-    if "B" not in problem.axes["v"]:
+    data = problem.named(operands)[problem.data]
+    local = data.sharding.shard_shape(data.shape)
+    batch, heads = data.shape[0] // local[0], data.shape[2] // local[2]
+    if "B" not in problem.axes[problem.data]:
         batch = 1
     if problem.sizes(operands)["H"] % heads:
         heads = 1
-    known = sorted(v.sharding.device_set, key=lambda device: device.id)
+    known = sorted(data.sharding.device_set, key=lambda device: device.id)
     grid = np.array(known[:devices]).reshape(batch, heads, -1)  # only its shape matters
     return jax.sharding.Mesh(grid, ("batch", "heads", "copies")), ("batch",), ("heads",)
 
@@ -345,15 +359,16 @@ def _abstract(stage, *operands, problem):
     # Results are updated operands, never fresh types: these keep the manual axes of shard_map.
     named = problem.named(operands)
     _, result_names = problem.signature(stage)
-    if stage == "backward":
+    if stage in ("backward", "short_conv_backward"):
         return [named[name].update(weak_type=False) for name in result_names]
-    sizes, v = problem.sizes(operands), named["v"]
-    state_dtype = np.promote_types(v.dtype, np.float32)
-    dtypes = {"o": v.dtype, "final_state": state_dtype, "chunk_states": state_dtype}
-    if stage == "step":
+    sizes, data = problem.sizes(operands), named[problem.data]
+    state_dtype = np.promote_types(data.dtype, np.float32)
+    dtypes = {"o": data.dtype, "y": data.dtype}
+    dtypes |= {"final_state": state_dtype, "chunk_states": state_dtype}
+    if _is_step(problem):
         dtypes["state"] = dtypes["token_states"] = named["state"].dtype
     return [
-        v.update(
+        data.update(
             shape=tuple(sizes[axis] for axis in problem.axes[name]),
             dtype=dtypes[name],
             weak_type=False,
@@ -363,10 +378,14 @@ def _abstract(stage, *operands, problem):
 
 
 def _lower_xla(stage, ctx, *operands, problem):
+    return _lower_plain(functools.partial(_XLA[stage], problem), ctx, *operands)
+
+
+def _lower_plain(function, ctx, *operands):
     # On plain types and with no mesh: what runs here is a computation of one device, and its loops,
     # whose carries start as constants, could not be typed with the manual or explicit axes around.
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    lower = mlir.lower_fun(functools.partial(_XLA[stage], problem))
+    lower = mlir.lower_fun(function)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return lower(ctx.replace(avals_in=plain), *operands)
 
@@ -387,28 +406,64 @@ def _lower_cuda(stage, ctx, *operands, problem):
     if not _kernels_run(stage, problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
-    workspace_bytes = _extension.workspace_bytes(
-        stage, **sizes, has_segment_ids=problem.has_segment_ids
-    )
+    if isinstance(problem, ShortConvProblem):
+        ctx, operands, problem = _with_slots(ctx, operands, problem)
     # Scratch memory is a result that nobody sees: a handler that allocated could not be captured
     # in a command buffer.
-    workspace = jax.core.ShapedArray((workspace_bytes,), np.uint8)
-    rule = jax.ffi.ffi_lowering(_FFI_TARGETS[stage])
+    scratch = [
+        jax.core.ShapedArray((count,), np.uint8)
+        for count in _workspace_bytes(stage, problem, sizes)
+    ]
+    rule = jax.ffi.ffi_lowering(_FFI_TARGETS[stage], operand_output_aliases=_in_place(problem))
     results = rule(
-        ctx.replace(avals_out=[*ctx.avals_out, workspace]), *operands, **_attributes(stage, problem)
+        ctx.replace(avals_out=[*ctx.avals_out, *scratch]), *operands, **_attributes(stage, problem)
     )
-    return results[:-1]
+    return results[: len(ctx.avals_out)]
 
 
-def _lower_step_cuda(stage, ctx, *operands, problem):
-    empty = 0 in problem.sizes(ctx.avals_in).values()
-    if not _kernels_run(stage, problem, ctx.avals_in) or empty:
-        return _lower_xla(stage, ctx, *operands, problem=problem)
-    _extension.register()
-    # In place: XLA copies the state first unless it is donated or used nowhere else.
-    aliases = {problem.operand_names.index("state"): problem.result_names.index("state")}
-    rule = jax.ffi.ffi_lowering(_FFI_TARGETS[stage], operand_output_aliases=aliases)
-    return rule(ctx, *operands, **_step_attributes(problem))
+def _with_slots(ctx, operands, problem):
+    """The call with slots as ids, where the kernels need that: to find initial states, and in place
+    of ids that are not int32.
+    """
+    if not problem.has_segment_ids:
+        return ctx, operands, problem
+    at = problem.operand_names.index("segment_ids")
+    ids = ctx.avals_in[at]
+    if ids.dtype == np.int32 and not problem.has_initial_state:
+        return ctx, operands, problem
+    slots = jax.core.ShapedArray(ids.shape, np.int32)
+    (lowered,) = _lower_plain(
+        lambda ids: (_segments.slots(ids, problem.padding_segment_id),),
+        ctx.replace(primitive=None, avals_in=[ids], avals_out=[slots]),
+        operands[at],
+    )
+    avals = [*ctx.avals_in[:at], slots, *ctx.avals_in[at + 1 :]]
+    operands = [*operands[:at], lowered, *operands[at + 1 :]]
+    return (
+        ctx.replace(avals_in=avals),
+        operands,
+        dataclasses.replace(problem, padding_segment_id=None),
+    )
+
+
+def _workspace_bytes(stage, problem, sizes):
+    """The bytes of the stage's workspace, if it has one."""
+    if stage in ("forward", "backward"):
+        segments = dict(has_segment_ids=problem.has_segment_ids)
+        return (_extension.workspace_bytes(stage, **sizes, **segments),)
+    if stage == "short_conv_backward":
+        channels = sizes["H"] * sizes["K"]
+        return (_extension.short_conv_workspace_bytes(sizes["B"], sizes["T"], channels),)
+    return ()
+
+
+def _in_place(problem):
+    """Results that get the memory of an operand. XLA copies it first unless it is donated or used
+    nowhere else.
+    """
+    if not _is_step(problem):
+        return None
+    return {problem.operand_names.index("state"): problem.result_names.index("state")}
 
 
 def _kernels_run(stage, problem, operands):
@@ -422,8 +477,7 @@ def _kernels_run(stage, problem, operands):
             'implementation=None or "xla" runs it on XLA.'
         )
     if reasons:
-        op = "kimi_delta_attention" + ("_step" if isinstance(problem, StepProblem) else "")
-        _warn_once(f"{op} uses XLA on an NVIDIA GPU: {reasons}.")
+        _warn_once(f"{problem.function} uses XLA on an NVIDIA GPU: {reasons}.")
     return not reasons
 
 
@@ -434,18 +488,23 @@ def _warn_once(message):
 
 def _attributes(stage, problem):
     """What the handler has to know beyond the operands, in the exact types that it decodes."""
-    padding = problem.padding_segment_id
-    attributes = _common_attributes(problem) | dict(
-        has_padding_segment_id=np.bool_(padding is not None),
-        padding_segment_id=np.int32(0 if padding is None else padding),
-        max_segments=np.int64(problem.max_segments),
-        has_initial_state=np.bool_(problem.has_initial_state),
-        has_segment_ids=np.bool_(problem.has_segment_ids),
-        return_final_state=np.bool_(problem.return_final_state),
-    )
+    attributes = {
+        Problem: _op_attributes,
+        StepProblem: _step_attributes,
+        ShortConvProblem: _short_conv_attributes,
+        ShortConvStepProblem: _short_conv_step_attributes,
+    }[type(problem)](problem)
     if stage == "forward":
         attributes["return_chunk_states"] = np.bool_(problem.return_chunk_states)
     return attributes
+
+
+def _op_attributes(problem):
+    return (
+        _common_attributes(problem)
+        | _segment_attributes(problem)
+        | dict(return_final_state=np.bool_(problem.return_final_state))
+    )
 
 
 def _step_attributes(problem):
@@ -453,6 +512,32 @@ def _step_attributes(problem):
         has_state_indices=np.bool_(problem.has_state_indices),
         parameters_per_sequence=np.bool_(problem.parameters_per_sequence),
         return_token_states=np.bool_(problem.return_token_states),
+    )
+
+
+def _short_conv_attributes(problem):
+    return _segment_attributes(problem) | dict(
+        silu=np.bool_(problem.silu), has_bias=np.bool_(problem.has_bias)
+    )
+
+
+def _short_conv_step_attributes(problem):
+    return dict(
+        silu=np.bool_(problem.silu),
+        has_bias=np.bool_(problem.has_bias),
+        has_state_indices=np.bool_(problem.has_state_indices),
+        parameters_per_sequence=np.bool_(problem.parameters_per_sequence),
+    )
+
+
+def _segment_attributes(problem):
+    padding = problem.padding_segment_id
+    return dict(
+        has_padding_segment_id=np.bool_(padding is not None),
+        padding_segment_id=np.int32(0 if padding is None else padding),
+        max_segments=np.int64(problem.max_segments),
+        has_initial_state=np.bool_(problem.has_initial_state),
+        has_segment_ids=np.bool_(problem.has_segment_ids),
     )
 
 
@@ -477,8 +562,7 @@ def _primitive(stage):
     # Outside jit a call compiles itself; bind under jit only traces.
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="problem"))
     mlir.register_lowering(primitive, functools.partial(_lower_default, stage))
-    lower_cuda = _lower_step_cuda if stage == "step" else _lower_cuda
-    mlir.register_lowering(primitive, functools.partial(lower_cuda, stage), platform="cuda")
+    mlir.register_lowering(primitive, functools.partial(_lower_cuda, stage), platform="cuda")
     return primitive
 
 

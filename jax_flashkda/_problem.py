@@ -3,7 +3,9 @@
 Below the public op every call looks the same. Optional arguments are resolved, states are 5-D,
 every operand has a leading batch axis, and absent operands are left out rather than passed as
 None; `Problem` says which ones are there. It is hashable, so it is the static parameter of the
-primitives and of the custom_vjp.
+primitives and of the custom_vjp. Each class also tells what is common to its calls: the public
+`function`, its `stages` (forward and backward, or one), and `data`, the operand that the results
+are like and whose placement on devices is kept.
 
 Forward results: o in v's dtype, final_state like initial_state and chunk_states if asked for.
 Backward operands: the forward operands, then one cotangent per forward result.
@@ -13,7 +15,7 @@ Backward results: a gradient per float operand, in order, in that operand's shap
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 # The axes of every operand and result, in operand order. A cotangent has its primal's axes.
 # A_log and dt_bias (f32) carry a row per batch row: their sum over rows belongs to the caller, so
@@ -51,6 +53,10 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Problem(Options):
+    function: ClassVar[str] = "kimi_delta_attention"
+    stages: ClassVar[tuple[str, ...]] = ("forward", "backward")
+    data: ClassVar[str] = "v"
+
     padding_segment_id: int | None = 0
     max_segments: int = 1  # N, the segment states a row carries; 1 without segment_ids
     return_final_state: bool = False
@@ -109,6 +115,11 @@ class StepProblem(Options):
     gate parameters that all sequences share; a vmap over parameters gives each sequence its own.
     """
 
+    function: ClassVar[str] = "kimi_delta_attention_step"
+    stages: ClassVar[tuple[str, ...]] = ("step",)
+    data: ClassVar[str] = "v"
+    parameter_names: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
+
     return_token_states: bool = False
     has_state_indices: bool = False
     parameters_per_sequence: bool = False
@@ -160,7 +171,129 @@ class StepProblem(Options):
 
     def sizes(self, operands) -> dict[str, int]:
         """The size of every axis letter."""
-        sizes = {}
-        for name, operand in self.named(operands).items():
-            sizes.update(zip(self.axes[name], operand.shape, strict=True))
-        return sizes
+        return _sizes(self, operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConvProblem:
+    """The static description of one short convolution.
+
+    Channels are two axes: H, which is split over devices, and K. Kernel, bias and initial states
+    are f32 (f64 with f64 inputs), the parameters a row per batch row. Ids are integers of any type.
+    """
+
+    function: ClassVar[str] = "short_conv"
+    stages: ClassVar[tuple[str, ...]] = ("short_conv", "short_conv_backward")
+    data: ClassVar[str] = "x"
+    residual_name: ClassVar[None] = None
+
+    silu: bool = True
+    padding_segment_id: int | None = 0
+    max_segments: int = 1  # N, the initial states of a row; 1 without them
+    implementation: Literal["cuda", "xla"] | None = None
+    has_bias: bool = False
+    has_initial_state: bool = False
+    has_segment_ids: bool = False
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of every operand and result by name; J is W - 1."""
+        return {
+            "x": ("B", "T", "H", "K"),
+            "kernel": ("B", "W", "H", "K"),
+            "bias": ("B", "H", "K"),
+            "initial_state": ("B", "N", "J", "H", "K"),
+            "segment_ids": ("B", "T"),
+            "y": ("B", "T", "H", "K"),
+        }
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """The forward operands that are present, in order."""
+        optional = ("bias", "initial_state", "segment_ids")
+        return ("x", "kernel", *(name for name in optional if getattr(self, f"has_{name}")))
+
+    @property
+    def differentiable_names(self) -> tuple[str, ...]:
+        """The operands that get a gradient: all but segment_ids."""
+        return tuple(name for name in self.operand_names if name != "segment_ids")
+
+    def signature(self, stage):
+        """(operand names, result names), as `Problem.signature`."""
+        if stage == "short_conv":
+            return self.operand_names, ("y",)
+        return (*self.operand_names, "y"), self.differentiable_names
+
+    def named(self, operands) -> dict[str, object]:
+        """The forward operands by name; the cotangent after them is ignored."""
+        return dict(zip(self.operand_names, operands, strict=False))
+
+    def sizes(self, operands) -> dict[str, int]:
+        """The size of every axis letter."""
+        return _sizes(self, operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConvStepProblem:
+    """The static description of the short convolution's step, with axes like `StepProblem`'s."""
+
+    function: ClassVar[str] = "short_conv_step"
+    stages: ClassVar[tuple[str, ...]] = ("short_conv_step",)
+    data: ClassVar[str] = "x"
+    parameter_names: ClassVar[tuple[str, ...]] = ("kernel", "bias")
+
+    silu: bool = True
+    implementation: Literal["cuda", "xla"] | None = None
+    has_bias: bool = False
+    has_state_indices: bool = False
+    parameters_per_sequence: bool = False
+
+    @property
+    def sequences(self) -> str:
+        """The axis of sequences."""
+        return "R" if self.has_state_indices else "B"
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of every operand and result by name; J is W - 1."""
+        n = self.sequences
+        parameters = n if self.parameters_per_sequence else "P"
+        return {
+            "x": (n, "T", "H", "K"),
+            "kernel": (parameters, "W", "H", "K"),
+            "bias": (parameters, "H", "K"),
+            "state": ("S" if self.has_state_indices else "B", "J", "H", "K"),
+            "state_indices": ("R",),
+            "y": (n, "T", "H", "K"),
+        }
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        """The operands that are present, in order."""
+        bias = ("bias",) if self.has_bias else ()
+        return ("x", "kernel", *bias, "state", *(("state_indices",) * self.has_state_indices))
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """The results, in order; "state" takes the place of the operand of this name."""
+        return ("y", "state")
+
+    def signature(self, stage):
+        """(operand names, result names), as `Problem.signature`."""
+        del stage
+        return self.operand_names, self.result_names
+
+    def named(self, operands) -> dict[str, object]:
+        """The operands by name."""
+        return dict(zip(self.operand_names, operands, strict=True))
+
+    def sizes(self, operands) -> dict[str, int]:
+        """The size of every axis letter."""
+        return _sizes(self, operands)
+
+
+def _sizes(problem, operands):
+    sizes = {}
+    for name, operand in problem.named(operands).items():
+        sizes.update(zip(problem.axes[name], operand.shape, strict=True))
+    return sizes

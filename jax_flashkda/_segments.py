@@ -72,6 +72,12 @@ def places(segment_ids, padding_segment_id: int | None = 0):
     return _places(_edges(segment_ids, padding_segment_id)[1])
 
 
+def slots(segment_ids, padding_segment_id: int | None = 0):
+    """int32 [B, T]: the segment of each token, counted along its row, and -1 at padding."""
+    segment, _ = places(segment_ids, padding_segment_id)
+    return jnp.where(is_padding(segment_ids, padding_segment_id), -1, segment)
+
+
 def extents(segment_ids, padding_segment_id: int | None, N: int):
     """The first tokens and the lengths of the first N segments of each row, [B, N] each; length 0
     where there are fewer."""

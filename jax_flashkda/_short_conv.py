@@ -6,17 +6,18 @@ where a tap counts only if every token from it up to t belongs to t's segment. A
 is for `kimi_delta_attention`: a maximal run of equal ids; ids below zero or equal to
 `padding_segment_id` are padding.
 
-It is written as W shifted multiply-adds rather than as a grouped convolution: XLA fuses these into
-one pass over x on every backend, while its depthwise convolutions are slow on CPUs and cannot mask
-taps. Taps are dropped by selection, never by multiplying with zero, so a NaN on the other side of
-a boundary changes no bit on this side, in the output or in the gradient of x."""
+CUDA kernels for W = 4 on NVIDIA GPUs, the same program on XLA elsewhere (`_short_conv_xla.py`)."""
 
-from functools import partial
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from ._segments import extents, is_padding, places
+from . import _primitives, _short_conv_xla, _vjp
+from ._problem import ShortConvProblem, ShortConvStepProblem
+from ._segments import extents
+from ._validation import IMPLEMENTATIONS, strong
 
 __all__ = ["short_conv", "short_conv_state", "short_conv_step"]
 
@@ -30,6 +31,7 @@ def short_conv(
     segment_ids=None,
     padding_segment_id=0,
     initial_state=None,
+    implementation=None,
 ):
     """Causal depthwise convolution along T, inside segments, followed by SiLU.
 
@@ -45,24 +47,35 @@ def short_conv(
     - `initial_state`: the W - 1 inputs before each segment, oldest first, floating: [B, W - 1,
       ...channels], or [B, N, W - 1, ...channels] with `segment_ids`, for the first N segments of a
       row. Zero by default.
+    - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the
+      kernels on an NVIDIA GPU that they support, XLA elsewhere. Chosen when the program is lowered
+      for a platform. The kernels take W = 4, bfloat16 or float32 x, and channels that are a
+      multiple of 8 altogether.
 
     **Returns** an array like `x`, zero at padding.
 
+    **Raises** ValueError while tracing. NotImplementedError where `implementation="cuda"` cannot
+    run the call. Forward mode and second derivatives raise, but for `implementation="xla"`.
+
     **Numerics** Products and sums are at least fp32, rounded once to `x.dtype`. The backward pass
-    needs only the arguments; everything else can be recomputed."""
+    needs only the arguments; everything else is recomputed.
+
+    **Determinism** Bitwise, gradients too. Devices: batch and the first channel axis are split with
+    no collective; T is gathered."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     bias = None if bias is None else jnp.asarray(bias)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    _check(x, kernel, bias, activation, segment_ids, initial_state)
+    _check(x, kernel, bias, activation, segment_ids, initial_state, implementation)
     if initial_state is not None and segment_ids is None:
         initial_state = initial_state[:, None]
+    arrays = (x, kernel, bias, segment_ids, initial_state)
+    options = dict(silu=activation == "silu", padding_segment_id=padding_segment_id)
+    if implementation != "xla":
+        return _by_platform(*arrays, **options, implementation=implementation)
     # Without the barriers of prevent_cse, which cost CPUs several times the convolution. Scanned
     # layers, where saved memory matters most, recompute all the same: there nothing can be shared.
-    conv = jax.checkpoint(
-        partial(_convolve, activation=activation, padding_segment_id=padding_segment_id),
-        prevent_cse=False,
-    )
-    return conv(x, kernel, bias, segment_ids, initial_state)
+    convolve = functools.partial(_short_conv_xla.convolve, **options)
+    return jax.checkpoint(convolve, prevent_cse=False)(*arrays)
 
 
 def short_conv_state(x, width, *, segment_ids=None, padding_segment_id=0, max_segments=None):
@@ -90,7 +103,16 @@ def short_conv_state(x, width, *, segment_ids=None, padding_segment_id=0, max_se
     return jnp.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), taken, 0)
 
 
-def short_conv_step(x, kernel, state, bias=None, *, activation="silu", state_indices=None):
+def short_conv_step(
+    x,
+    kernel,
+    state,
+    bias=None,
+    *,
+    activation="silu",
+    state_indices=None,
+    implementation=None,
+):
     """`short_conv` of the next tokens of N sequences, and the inputs to go on from.
 
     **Arguments**
@@ -102,97 +124,88 @@ def short_conv_step(x, kernel, state, bias=None, *, activation="silu", state_ind
     - `state_indices`: int32 [N], the slot of each sequence. One whose index is negative or past
       the pool reads and writes nothing, and its output is zero.
 
-    **Returns** (y, state): y like `x`; state like `state`, rounded to its type."""
+    - `implementation`: as in `short_conv`. The kernel takes W = 4, 1 to 8 tokens, and bfloat16,
+      float16 or float32 each for x, kernel and state; donate `state` to `jax.jit` and it is updated
+      in place.
+
+    **Returns** (y, state): y like `x`; state like `state`, rounded to its type. Slots that no index
+    names keep their bits; if two sequences name one slot, it and both outputs are undefined.
+
+    **Raises** as `short_conv`. It has no derivative, but for `implementation="xla"`."""
     x, kernel, state = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(state)
     bias = None if bias is None else jnp.asarray(bias)
-    _check_step(x, kernel, state, bias, activation, state_indices)
-    before = state
-    if state_indices is not None:
-        slots = state.shape[0]
-        exists = (state_indices >= 0) & (state_indices < slots)
-        # jnp counts negative indices from the end; past the end they read zero and write nothing.
-        place = state.at[jnp.where(exists, state_indices, slots)]
-        before = place.get(mode="fill", fill_value=0)
-        x = jnp.where(exists.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
-    window = jnp.concatenate([before.astype(jnp.promote_types(before.dtype, x.dtype)), x], axis=1)
-    after = window[:, x.shape[1] :].astype(state.dtype)
-    y = _convolve(
-        x, kernel, bias, None, before[:, None], activation=activation, padding_segment_id=None
-    )
-    if state_indices is None:
-        return y, after
-    y = jnp.where(exists.reshape(-1, *[1] * (x.ndim - 1)), y, 0)
-    return y, place.set(after, mode="drop")
-
-
-def _convolve(x, kernel, bias, segment_ids, initial_state, *, activation, padding_segment_id):
-    dtype = x.dtype
-    compute_dtype = jnp.promote_types(dtype, jnp.float32)
-    channels = x.ndim - 2
-
-    def per_token(mask):  # [B, T] against [B, T, ...channels]
-        return mask.reshape(mask.shape + (1,) * channels)
-
-    taps_valid = None
-    if segment_ids is not None:
-        valid = ~is_padding(segment_ids, padding_segment_id)
-        taps_valid = _tap_masks(segment_ids, kernel.shape[0])
-        # What padding holds must not reach silu': there 0 * NaN would enter the kernel's gradient.
-        x = jnp.where(per_token(valid), x, 0)
-
-    x = x.astype(compute_dtype)
-    kernel = kernel.astype(compute_dtype)
-    y = x * kernel[-1]
-    for age in range(1, kernel.shape[0]):
-        tap = _shift(x, age)
-        if taps_valid is not None:
-            tap = jnp.where(per_token(taps_valid[age]), tap, 0)
-        if initial_state is not None:
-            before, is_before = _taps_before(x, initial_state, age, segment_ids, padding_segment_id)
-            tap = jnp.where(per_token(is_before), before.astype(compute_dtype), tap)
-        y += tap * kernel[-1 - age]
+    _check_step(x, kernel, state, bias, activation, state_indices, implementation)
+    silu = activation == "silu"
+    if implementation == "xla":
+        return _short_conv_xla.convolve_step(x, kernel, state, bias, state_indices, silu=silu)
+    operands = dict(x=_in_heads(x, 2), kernel=_in_heads(kernel, 1)[None])
     if bias is not None:
-        y += bias.astype(compute_dtype)
-    if activation == "silu":
-        y = jax.nn.silu(y)
+        operands["bias"] = _in_heads(bias, 0)[None]
+        if bias.dtype != kernel.dtype:
+            for name in ("kernel", "bias"):
+                operands[name] = operands[name].astype(_compute_dtype(x))
+    operands["state"] = _in_heads(state, 2)
+    if state_indices is not None:
+        operands["state_indices"] = _as_slots(jnp.asarray(state_indices), state.shape[0])
+    problem = ShortConvStepProblem(
+        silu=silu,
+        implementation=implementation,
+        has_bias=bias is not None,
+        has_state_indices=state_indices is not None,
+    )
+    operands = [strong(operands[name]) for name in problem.operand_names]
+    y, after = _primitives.step(problem, *_primitives.vary_alike(operands))
+    return y.reshape(x.shape), after.reshape(state.shape)
+
+
+def _by_platform(
+    x, kernel, bias, segment_ids, initial_state, *, silu, padding_segment_id, implementation
+):
+    """`short_conv` as the primitive whose lowering rules choose."""
+    x, dtype = strong(x), _compute_dtype(x)
+    operands = dict(x=_in_heads(x, 2))
+    # A row of the parameters for every row of x: the sum over rows of their gradients is not the
+    # primitive's, so that vmap is a larger batch and a batch that is split needs no collective.
+    for name, parameter, before in (("kernel", kernel, 1), ("bias", bias, 0)):
+        if parameter is not None:
+            parameter = _in_heads(strong(parameter).astype(dtype), before)
+            operands[name] = _primitives.over_rows(parameter, operands["x"])
+    if initial_state is not None:
+        operands["initial_state"] = _in_heads(strong(initial_state).astype(dtype), 3)
     if segment_ids is not None:
-        y = jnp.where(per_token(valid), y, 0)
-    return y.astype(dtype)
+        operands["segment_ids"] = segment_ids
+    problem = ShortConvProblem(
+        silu=silu,
+        padding_segment_id=padding_segment_id,
+        implementation=implementation,
+        has_bias=bias is not None,
+        has_initial_state=initial_state is not None,
+        has_segment_ids=segment_ids is not None,
+        max_segments=1 if initial_state is None else initial_state.shape[1],
+    )
+    (y,) = _vjp.attend(problem, *(operands[name] for name in problem.operand_names))
+    return y.reshape(x.shape)
 
 
-def _shift(x, age):
-    """x delayed by `age` tokens along T, zeros first."""
-    T = x.shape[1]
-    age = min(age, T)
-    return jnp.pad(x[:, : T - age], ((0, 0), (age, 0)) + ((0, 0),) * (x.ndim - 2))
+def _compute_dtype(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _taps_before(x, initial_state, age, segment_ids, padding_segment_id):
-    """Taps of this age that lie before their segment, and which tokens have one."""
-    B, T = x.shape[:2]
-    if segment_ids is None:
-        segment, offset = jnp.zeros((B, T), jnp.int32), jnp.arange(T)[None]
-    else:
-        segment, offset = places(segment_ids, padding_segment_id)
-    N, history = initial_state.shape[1:3]
-    is_before = (offset < age) & (segment >= 0) & (segment < N)
-    row = jnp.arange(B)[:, None]
-    entry = jnp.clip(history + offset - age, 0, history - 1)
-    return initial_state[row, jnp.clip(segment, 0, N - 1), entry], is_before
+def _in_heads(array, axes_before):
+    """The channels behind `axes_before` axes as two: the first, and all others."""
+    *before, heads = array.shape[: axes_before + 1]
+    return array.reshape(*before, heads, math.prod(array.shape[axes_before + 1 :]))
 
 
-def _tap_masks(segment_ids, width):
-    """masks[age][b, t]: tokens t - age .. t of row b all carry one id."""
-    has_predecessor = jnp.arange(segment_ids.shape[1]) > 0
-    unbroken = has_predecessor & (segment_ids == _shift(segment_ids, 1))
-    masks = [None, unbroken]
-    while len(masks) < width:
-        masks.append(masks[-1] & _shift(masks[-1], 1))
-    return masks
+def _as_slots(indices, slots):
+    """int32 [N], -1 for what is none of the slots."""
+    if indices.dtype == jnp.int32:
+        return indices
+    return jnp.where((indices >= 0) & (indices < slots), indices, -1).astype(jnp.int32)
 
 
-def _check(x, kernel, bias, activation, segment_ids, initial_state):
-    problems = _problems(x, kernel, bias, activation)
+def _check(x, kernel, bias, activation, segment_ids, initial_state, implementation):
+    problems = _problems(x, kernel, bias, activation, implementation)
     if segment_ids is not None:
         if segment_ids.shape != x.shape[:2]:
             problems.append(f"segment_ids must be [B, T] = {x.shape[:2]}, got {segment_ids.shape}")
@@ -211,8 +224,8 @@ def _check(x, kernel, bias, activation, segment_ids, initial_state):
         raise ValueError("short_conv: " + "; ".join(problems))
 
 
-def _check_step(x, kernel, state, bias, activation, state_indices):
-    problems = _problems(x, kernel, bias, activation)
+def _check_step(x, kernel, state, bias, activation, state_indices, implementation):
+    problems = _problems(x, kernel, bias, activation, implementation)
     history = (max(kernel.shape[0] - 1, 0), *x.shape[2:])
     rows = x.shape[:1] if state_indices is None else state.shape[:1]
     if state.shape != (*rows, *history) or 0 in (*rows, *history)[1:2]:
@@ -234,7 +247,7 @@ def _check_step(x, kernel, state, bias, activation, state_indices):
         raise ValueError("short_conv_step: " + "; ".join(problems))
 
 
-def _problems(x, kernel, bias, activation):
+def _problems(x, kernel, bias, activation, implementation):
     problems = []
     if x.ndim < 3:
         problems.append(
@@ -252,4 +265,6 @@ def _problems(x, kernel, bias, activation):
             problems.append(f"{name} must be a floating-point array, got {value.dtype}")
     if activation not in ("silu", None):
         problems.append(f"activation must be 'silu' or None, got {activation!r}")
+    if implementation not in IMPLEMENTATIONS:
+        problems.append(f"implementation must be 'cuda', 'xla' or None, got {implementation!r}")
     return problems

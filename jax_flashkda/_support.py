@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from . import _extension
-from ._problem import Problem, StepProblem
+from ._problem import Problem, ShortConvProblem, ShortConvStepProblem, StepProblem
 
 # Kernels number tokens, heads of rows and state slots with 32 bits; byte offsets are 64-bit.
 _COUNT_LIMIT = 2**31
@@ -19,10 +19,11 @@ _COUNTS = {
 }
 # The step has a CTA for each part of a state, and no more than eight parts.
 _STEP_COUNT_LIMIT = 2**28
+_MOST_STEP_TOKENS = 8
 
 
 def unsupported_reasons(
-    problem: Problem | StepProblem,
+    problem: Problem | StepProblem | ShortConvProblem | ShortConvStepProblem,
     operands,
     compute_capability: str | None = None,
     stage: str = "forward",
@@ -36,9 +37,7 @@ def unsupported_reasons(
     missing = _extension.missing_reason()
     if missing is not None:
         return (missing,)
-    is_step = isinstance(problem, StepProblem)
-    variants = _extension.step_variants() if is_step else _extension.variants()
-    mismatches = _step_mismatches if is_step else _mismatches
+    variants, mismatches = _compiled(problem)
     capabilities = [compute_capability] if compute_capability else _local_compute_capabilities()
     reasons = []
     if stage == "backward" and problem.return_chunk_states:
@@ -55,7 +54,19 @@ def unsupported_reasons(
     return tuple(dict.fromkeys([*reasons, *_counts_too_large(problem, problem.sizes(operands))]))
 
 
+def _compiled(problem):
+    """The compiled rows for such calls, and the rule that compares a call with some of them."""
+    if isinstance(problem, ShortConvProblem | ShortConvStepProblem):
+        return _extension.short_conv_variants(), _short_conv_mismatches
+    if isinstance(problem, StepProblem):
+        return _extension.step_variants(), _step_mismatches
+    return _extension.variants(), _mismatches
+
+
 def _counts_too_large(problem, sizes):
+    if isinstance(problem, ShortConvProblem | ShortConvStepProblem):
+        yield from _short_conv_counts(problem, sizes)
+        return
     if isinstance(problem, StepProblem):
         count = sizes[problem.sequences] * sizes["HV"]
         if count >= _STEP_COUNT_LIMIT:
@@ -65,6 +76,37 @@ def _counts_too_large(problem, sizes):
         count = int(np.prod([sizes[axis] for axis in axes], dtype=object))
         if count >= _COUNT_LIMIT:
             yield f"{' * '.join(axes)} is {count}, must be below 2^31: {remedy}"
+
+
+def _short_conv_counts(problem, sizes):
+    groups = -(-sizes["H"] * sizes["K"] // 128)
+    if isinstance(problem, ShortConvStepProblem):
+        what, count = "N * ceil(channels / 128)", sizes[problem.sequences] * groups
+    else:
+        what = "B * max(T, 5) * ceil(channels / 128)"
+        count = sizes["B"] * max(sizes["T"], 5) * groups
+    if count >= _COUNT_LIMIT:
+        yield f"{what} is {count}, must be below 2^31: split the batch"
+
+
+def _short_conv_mismatches(named, variants):
+    """What of the short convolution, or of its step, no row takes."""
+    W, H, K = named["kernel"].shape[1:]
+    if W not in [row["width"] for row in variants]:
+        widths = _listed(str(row["width"]) for row in variants)
+        yield f"the kernel has W = {W} taps (compiled: {widths})"
+    multiple = min(row["channel_multiple"] for row in variants)
+    if H * K % multiple:
+        yield f"there are {H * K} channels, the kernels take multiples of {multiple}"
+    is_step = "state" in named
+    taken = [x for row in variants for x in row["step_dtypes" if is_step else "dtypes"]]
+    for name in ("x", "kernel", "state") if is_step else ("x",):
+        dtype = np.dtype(named[name].dtype).name
+        if dtype not in taken:
+            yield f"{name} is {dtype}, the kernels take {_listed(taken)}"
+    tokens = named["x"].shape[1]
+    if is_step and tokens > _MOST_STEP_TOKENS:
+        yield f"there are {tokens} tokens, the kernel takes 1 to {_MOST_STEP_TOKENS}"
 
 
 def _step_mismatches(named, variants):

@@ -6,11 +6,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from . import _primitives
-from ._problem import Problem
+from ._problem import Problem, ShortConvProblem
 
 
-def attend(problem: Problem, *operands):
-    """(o,) or (o, final_state) of the operands named by `problem.operand_names`.
+def attend(problem: Problem | ShortConvProblem, *operands):
+    """The results of the operands named by `problem.operand_names`.
 
     Differentiable in reverse mode, once, in every float operand.
     """

@@ -2,7 +2,8 @@
 // workspace and what check_forward or check_backward has to say about it. For the stage "pieces":
 // into how many its rows are cut, and how many tokens each has. For "overlap": how many
 // multiprocessors the state stage has beside chunk_prepare, for how many tracks, and whether in
-// half heads. For the stage "step": 0 bytes and what check_step says.
+// half heads. For the stage "step": 0 bytes and what check_step says. For "short_conv",
+// "short_conv_backward" and "short_conv_step": the bytes and what their checks say.
 // tests/test_native_host.py writes the lines. Needs no CUDA.
 #include <cstdint>
 #include <cstdlib>
@@ -86,6 +87,61 @@ StepParams parse_step(std::istream& line) {
   return p;
 }
 
+// Of a forward call y is the address after those of the inputs.
+ShortConvBackwardParams parse_short_conv(std::istream& line) {
+  ShortConvBackwardParams p{};
+  ShortConvParams& f = p.forward;
+  for (int64_t* size : {&f.shape.B, &f.shape.T, &f.shape.C, &f.shape.N}) {
+    *size = number<int64_t>(line);
+  }
+  f.dtype = DType(number<int32_t>(line));
+  f.x = address<void>(line);
+  for (const float** operand : {&f.kernel, &f.bias, &f.initial_state}) {
+    *operand = address<float>(line);
+  }
+  f.segment_ids = address<int32_t>(line);
+  f.y = address<void>(line);
+  p.d_y = address<void>(line);
+  p.dx = address<void>(line);
+  for (float** gradient : {&p.d_kernel, &p.d_bias, &p.d_initial_state}) {
+    *gradient = address<float>(line);
+  }
+  p.workspace = address<void>(line);
+  return p;
+}
+
+ShortConvStepParams parse_short_conv_step(std::istream& line) {
+  ShortConvStepParams p{};
+  for (int64_t* size : {&p.shape.N, &p.shape.T, &p.shape.C, &p.shape.slots}) {
+    *size = number<int64_t>(line);
+  }
+  for (DType* dtype : {&p.dtype, &p.kernel_dtype, &p.state_dtype}) {
+    *dtype = DType(number<int32_t>(line));
+  }
+  for (const void** operand : {&p.x, &p.kernel, &p.bias}) *operand = address<void>(line);
+  p.state_indices = address<int32_t>(line);
+  for (void** pointer : {&p.state, &p.y}) *pointer = address<void>(line);
+  return p;
+}
+
+// Whether the stage is one of the short convolution's, and the line could be read.
+bool answer_short_conv(const std::string& stage, std::istream& line) {
+  if (stage == "short_conv_step") {
+    const ShortConvStepParams params = parse_short_conv_step(line);
+    std::cout << "0 " << check_short_conv_step(params).message << std::endl;
+  } else if (stage == "short_conv" || stage == "short_conv_backward") {
+    const ShortConvBackwardParams params = parse_short_conv(line);
+    const bool forward = stage == "short_conv";
+    std::cout << (forward ? 0 : short_conv_workspace_bytes(params.forward.shape)) << ' '
+              << (forward ? check_short_conv(params.forward) : check_short_conv_backward(params))
+                     .message
+              << std::endl;
+  } else {
+    return false;
+  }
+  return static_cast<bool>(line);
+}
+
 }  // namespace
 
 int main() {
@@ -96,6 +152,10 @@ int main() {
       const StepParams params = parse_step(line);
       if (!line) return EXIT_FAILURE;
       std::cout << "0 " << check_step(params).message << std::endl;
+      continue;
+    }
+    if (stage.rfind("short_conv", 0) == 0) {
+      if (!answer_short_conv(stage, line)) return EXIT_FAILURE;
       continue;
     }
     const BackwardParams params = parse(line);

@@ -20,6 +20,7 @@ PROGRAMS = pathlib.Path(__file__).parent.parent / "build" / "tests" / "native"
         "stages_test",
         "segment_table_test --untimed",
         "step_test",
+        "short_conv_test --quick",
         "forward_test --random 1000",
         "backward_test --random 1000",
     ],

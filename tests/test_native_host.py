@@ -54,6 +54,25 @@ VALID_STEP = (
     | dict(A_log_at=0, dt_bias_at=0)
 )
 
+# A valid short convolution, and its step.
+CONV_ADDRESSES = ("x", "kernel", "bias", "initial_state", "segment_ids", "y", "d_y", "dx")
+CONV_ADDRESSES += ("d_kernel", "d_bias", "d_initial_state", "workspace")
+VALID_CONV = dict(B=2, T=65, C=256, N=3, dtype=BF16) | {
+    f"{name}_at": 4096 * (i + 1) for i, name in enumerate(CONV_ADDRESSES)
+}
+CONV_STEP_ADDRESSES = ("x", "kernel", "bias", "state_indices", "state", "y")
+VALID_CONV_STEP = (
+    dict(N=3, T=2, C=256, slots=7)
+    | dict(dtype=BF16, kernel_dtype=F32, state_dtype=F16)
+    | {f"{name}_at": 4096 * (i + 1) for i, name in enumerate(CONV_STEP_ADDRESSES)}
+)
+VALID_CALLS = dict(
+    step=VALID_STEP,
+    short_conv=VALID_CONV,
+    short_conv_backward=VALID_CONV,
+    short_conv_step=VALID_CONV_STEP,
+)
+
 
 class HostProgram:
     """native_host.cc, compiled once; `ask` sends it a call and returns its answer."""
@@ -71,7 +90,7 @@ class HostProgram:
         )
 
     def ask(self, stage="forward", **changes):
-        valid = VALID_STEP if stage == "step" else VALID
+        valid = VALID_CALLS.get(stage, VALID)
         call = valid | changes
         assert call.keys() == valid.keys()
         print(stage, *call.values(), file=self._process.stdin, flush=True)
@@ -752,3 +771,218 @@ def test_the_step_handler_takes(changes):
 def test_the_step_handler_refuses(changes, text):
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(text)):
         call_step_handler(**changes)
+
+
+# The short convolution
+
+CONV_STAGES = ("short_conv", "short_conv_backward", "short_conv_step")
+CONV_FAULTS = [
+    (CONV_STAGES[:2], dict(B=-1), "B is -1, must not be negative"),
+    (CONV_STAGES[:2], dict(T=-1), "T is -1"),
+    (CONV_STAGES[:2], dict(dtype=F16), "x is f16, the kernels take bf16, f32"),
+    (CONV_STAGES[:2], dict(segment_ids_at=0), "N is 3, must be 1 without segment_ids"),
+    (CONV_STAGES[:2], dict(segment_ids_at=2), "segment_ids is not aligned to 4 bytes"),
+    (CONV_STAGES[:2], dict(B=2**20, T=2**10), "is 1048576 * 1024 * 2, must be below 2^31"),
+    (CONV_STAGES, dict(C=252), "there are 252 channels, must be a positive multiple of 8"),
+    (CONV_STAGES, dict(C=0), "there are 0 channels"),
+    (CONV_STAGES, dict(x_at=0), "x is missing"),
+    (CONV_STAGES, dict(kernel_at=8), "kernel is not aligned to 16 bytes"),
+    (CONV_STAGES, dict(bias_at=8), "bias is not aligned to 16 bytes"),
+    (("short_conv", "short_conv_step"), dict(y_at=8), "y is not aligned to 16 bytes"),
+    (("short_conv_backward",), dict(d_y_at=0), "d_y is missing"),
+    (("short_conv_backward",), dict(dx_at=8), "dx is not aligned to 16 bytes"),
+    (("short_conv_backward",), dict(d_bias_at=0), "d_bias is missing"),
+    (("short_conv_backward",), dict(bias_at=0), "d_bias was asked for"),
+    (("short_conv_backward",), dict(workspace_at=0), "workspace is missing"),
+    (("short_conv_step",), dict(T=9), "T is 9, must lie in [1, 8]"),
+    (("short_conv_step",), dict(N=-1), "N is -1"),
+    (("short_conv_step",), dict(state_indices_at=0), "slots is 7, must be N = 3"),
+    (("short_conv_step",), dict(state_at=8), "state is not aligned to 16 bytes"),
+    (("short_conv_step",), dict(kernel_dtype=7), "kernel is unknown type"),
+    (("short_conv_step",), dict(N=2**31), "must be below 2^31: split the batch"),
+]
+
+
+def test_valid_short_convs_pass(host):
+    for stage in CONV_STAGES:
+        assert host.ask(stage)[1] == ""
+    nothing = {f"{name}_at": 0 for name in ("x", "y", "d_y", "dx", "workspace")}
+    for stage in CONV_STAGES[:2]:
+        assert host.ask(stage, T=0, **nothing) == (0, "")
+    for stage in CONV_STAGES[:2]:
+        absent = dict(bias_at=0, d_bias_at=0, initial_state_at=0, d_initial_state_at=0)
+        assert host.ask(stage, **absent)[1] == ""
+
+
+@pytest.mark.parametrize("stages, changes, text", CONV_FAULTS, ids=str)
+def test_each_fault_of_a_short_conv_is_refused_by_name(host, stages, changes, text):
+    for stage in stages:
+        message = host.ask(stage, **changes)[1]
+        assert message.startswith(f"jax_flashkda.{stage}: ") and text in message
+
+
+@given(
+    B=st.integers(0, 2**62), T=st.integers(0, 2**62), C=st.integers(1, 2**58), N=st.integers(0, 9)
+)
+@settings(max_examples=300, deadline=None)
+def test_no_size_of_a_short_conv_overflows(host, B, T, C, N):
+    """Or the program ends: it is compiled with the undefined behaviour sanitizer."""
+    for stage in CONV_STAGES[:2]:
+        bytes_, message = host.ask(stage, B=B, T=T, C=8 * C, N=N)
+        assert bytes_ == 0 if message else B * max(T, 5) * C < 2**35
+    host.ask("short_conv_step", N=B, C=8 * C)
+
+
+# The short convolution's handlers
+
+CONV_X = ((B, T, H, K), "bfloat16")
+CONV_OPERANDS = {
+    "x": CONV_X,
+    "kernel": ((B, 4, H, K), "float32"),
+    "bias": ((B, H, K), "float32"),
+    "initial_state": ((B, N, 3, H, K), "float32"),
+    "segment_ids": ((B, T), "int32"),
+}
+CONV_STEP_OPERANDS = {
+    "x": ((N_STEP, 2, H, K), "bfloat16"),
+    "kernel": ((1, 4, H, K), "float32"),
+    "bias": ((1, H, K), "float32"),
+    "state": ((7, 3, H, K), "float16"),
+    "state_indices": ((N_STEP,), "int32"),
+}
+CONV_CALLS = dict(
+    short_conv=(CONV_OPERANDS, {"y": CONV_X}),
+    short_conv_backward=(
+        CONV_OPERANDS | {"d_y": CONV_X},
+        {"dx": CONV_X}
+        | {f"d_{name}": CONV_OPERANDS[name] for name in ("kernel", "bias", "initial_state")},
+    ),
+    short_conv_step=(
+        CONV_STEP_OPERANDS,
+        {"y": CONV_STEP_OPERANDS["x"], "state": CONV_STEP_OPERANDS["state"]},
+    ),
+)
+CONV_ATTRIBUTES = dict(silu=np.bool_(True), has_bias=np.bool_(True))
+CONV_STEP_ATTRIBUTES = CONV_ATTRIBUTES | dict(
+    has_state_indices=np.bool_(True), parameters_per_sequence=np.bool_(False)
+)
+CONV_ATTRIBUTES |= {name: ATTRIBUTES[name] for name in ("has_initial_state", "has_segment_ids")}
+CONV_ATTRIBUTES |= {name: ATTRIBUTES[name] for name in ATTRIBUTES if "padding" in name}
+CONV_ATTRIBUTES["max_segments"] = np.int64(N)
+
+
+def call_conv_handler(stage, changes=None, in_place=True, workspace=None, **attributes):
+    """`changes`: other operands and results by name, None to leave one out."""
+    operands, results = ({**specs} for specs in CONV_CALLS[stage])
+    for name, spec in (changes or {}).items():
+        for specs in (operands, results):
+            if name in specs:
+                specs[name] = spec
+    if stage == "short_conv_backward":
+        needed = extension().short_conv_workspace_bytes(B, T, H * K)
+        results["workspace"] = ((needed if workspace is None else workspace,), "uint8")
+    operands, results = (
+        {name: spec for name, spec in specs.items() if spec is not None}
+        for specs in (operands, results)
+    )
+    out = [jax.ShapeDtypeStruct(*spec) for spec in results.values()]
+    is_step = stage == "short_conv_step"
+    aliases = {list(operands).index("state"): 1} if is_step and in_place else {}
+    attributes = (CONV_STEP_ATTRIBUTES if is_step else CONV_ATTRIBUTES) | attributes
+
+    def program():
+        arrays = [jnp.zeros(*spec) for spec in operands.values()]
+        call = jax.ffi.ffi_call(checking_targets()[stage], out, input_output_aliases=aliases)
+        return call(*arrays, **attributes)
+
+    return jax.block_until_ready(jax.jit(program)())
+
+
+def conv_refusal(stage, *args, **kwargs):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        call_conv_handler(stage, *args, **kwargs)
+    message = str(caught.value)
+    assert message.startswith(f"INVALID_ARGUMENT: jax_flashkda.{stage}: ")
+    return message
+
+
+@pytest.mark.parametrize("stage", CONV_CALLS)
+def test_the_short_conv_handlers_take_a_valid_call(stage):
+    call_conv_handler(stage)
+    call_conv_handler(stage, dict(bias=None, d_bias=None), has_bias=np.bool_(False))
+    if stage == "short_conv_step":
+        changes = dict(state_indices=None, state=((N_STEP, 3, H, K), "float16"))
+        absent = dict(has_state_indices=np.bool_(False))
+    else:
+        changes = dict(initial_state=None, d_initial_state=None, segment_ids=None)
+        absent = dict(has_initial_state=np.bool_(False), has_segment_ids=np.bool_(False))
+    call_conv_handler(stage, changes, **absent)
+
+
+@pytest.mark.parametrize(
+    "stage, name",
+    [(stage, name) for stage, call in CONV_CALLS.items() for specs in call for name in specs],
+)
+@pytest.mark.parametrize("fault", ["rank", "dimension", "dtype"])
+def test_the_short_conv_handlers_check_every_operand(stage, name, fault):
+    operands, results = CONV_CALLS[stage]
+    shape, dtype = (operands | results)[name]
+    faulty = {
+        "rank": ((1, *shape), dtype),
+        "dimension": ((*shape[:-1], shape[-1] + 8), dtype),
+        "dtype": (shape, "uint32"),
+    }[fault]
+    blamed = re.match(r"\S+ \S+ (\w+) (has|is) ", conv_refusal(stage, {name: faulty}))[1]
+    # The others are held against the dimensions of x, so of a wrong one another differs first.
+    other = dict(short_conv_step="y").get(stage, "kernel")
+    assert blamed == (other if (name, fault) == ("x", "dimension") else name)
+
+
+@pytest.mark.parametrize("stage", CONV_CALLS)
+def test_the_short_conv_handlers_refuse(stage):
+    is_step = stage == "short_conv_step"
+    for name in CONV_STEP_ATTRIBUTES if is_step else CONV_ATTRIBUTES:
+        assert f"attribute {name}: " in conv_refusal(stage, **{name: np.float64(1)})
+    expected = len(CONV_STEP_ATTRIBUTES if is_step else CONV_ATTRIBUTES)
+    message = conv_refusal(stage, more=np.int32(0))
+    assert f"got {expected + 1} attributes, expected {expected}" in message
+    last = list(CONV_CALLS[stage][0])[-1]
+    assert f"{last} is missing from the operands" in conv_refusal(stage, {last: None})
+    conv_refusal(stage, has_bias=np.bool_(False))
+    if is_step:
+        assert "state is not updated in place" in conv_refusal(stage, in_place=False)
+        names = ("x", "y")
+    else:
+        conv_refusal(stage, max_segments=np.int64(N + 1))
+        names = ("x", "y", "dx", "d_y")
+        half = {name: (CONV_X[0], "float16") for name in names}
+        assert "x is f16, the kernels take bf16, f32" in conv_refusal(stage, half)
+    cut = lambda spec: ((*spec[0][:-1], K - 1), spec[1])
+    operands, results = CONV_CALLS[stage]
+    fewer = {n: cut(s) for n, s in (operands | results).items() if s[0][-1] == K}
+    assert "there are 254 channels" in conv_refusal(stage, fewer)
+    if stage == "short_conv_backward":
+        needed = extension().short_conv_workspace_bytes(B, T, H * K)
+        message = conv_refusal(stage, workspace=needed - 1)
+        assert f"workspace has {needed - 1} bytes, expected {needed}" in message
+    call_conv_handler(stage)
+
+
+def test_the_short_conv_step_handler_counts_tokens():
+    operands, results = CONV_CALLS["short_conv_step"]
+    nine = {name: ((N_STEP, 9, H, K), "bfloat16") for name in ("x", "y")}
+    assert "T is 9, must lie in [1, 8]" in conv_refusal("short_conv_step", nine)
+
+
+@given(
+    B=st.integers(1, 9),
+    T=st.integers(1, 200_000),
+    C=st.integers(1, 6000),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_workspace_of_the_short_conv(B, T, C):
+    """Five sums a channel for every tile of 32 to 128 tokens."""
+    bytes_ = extension().short_conv_workspace_bytes(B, T, 8 * C)
+    sums = 5 * 8 * C * 4
+    assert B * -(-T // 128) * sums <= bytes_ <= B * -(-T // 32) * sums
+    assert bytes_ % sums == 0

@@ -185,7 +185,9 @@ def test_handlers_may_be_captured_in_command_buffers():
 
 
 def test_registration_is_idempotent():
-    targets = {f"jax_flashkda.{stage}" for stage in ("forward", "backward", "step")}
+    stages = ("forward", "backward", "step")
+    stages += ("short_conv", "short_conv_backward", "short_conv_step")
+    targets = {f"jax_flashkda.{stage}" for stage in stages}
     assert set(extension().registrations()) == targets
     _extension.register()
     _extension.register()

@@ -24,6 +24,7 @@ FLOORS = {
     "_chunked": 1,
     "_support": 1,
     "_recurrent": 2,
+    "_short_conv_xla": 2,
     "_primitives": 3,
     "_vjp": 4,
     "_kda": 5,

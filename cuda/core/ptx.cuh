@@ -190,6 +190,16 @@ __device__ __forceinline__ uint32_t load_early(const uint16_t* global) {
   return x;
 }
 
+// One store of 8 or 16 bytes: the compiler may split that of a struct into its members.
+__device__ __forceinline__ void store_whole(uint2* global, const uint2& x) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(x.x), "r"(x.y) : "memory");
+}
+__device__ __forceinline__ void store_whole(uint4* global, const uint4& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // Four 8x8 tiles of 16-bit elements; lane l names row l % 8 of tile l / 8.
 template <int kOffset = 0>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {

@@ -1,48 +1,18 @@
 // Checks and sizes: plain host C++, tested on machines without CUDA.
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <sstream>
 #include <string>
 
 #include "dispatch/dispatch.h"
+#include "dispatch/problems.h"
 #include "dispatch/variants.h"
 #include "problem/workspace.h"
 
 namespace jax_flashkda {
 namespace {
 
-constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
 // The step's grid has up to eight CTAs for a state.
 constexpr int64_t kMaxStepStates = int64_t{1} << 28;
-
-// Collects every mismatch of a call, so that one error tells all of them.
-class Problems {
- public:
-  template <typename... Parts>
-  void add(const Parts&... parts) {
-    if (count_++ > 0) text_ << "; ";
-    (text_ << ... << parts);
-  }
-  Status status(const char* target) const {
-    return ok() ? Status{} : Status::error(std::string(target) + ": " + text_.str());
-  }
-  bool ok() const { return count_ == 0; }
-
- private:
-  std::ostringstream text_;
-  int count_ = 0;
-};
-
-bool contains(const std::vector<DType>& list, DType dtype) {
-  return std::find(list.begin(), list.end(), dtype) != list.end();
-}
-
-std::string names(const std::vector<DType>& list) {
-  std::string text;
-  for (DType dtype : list) text += (text.empty() ? "" : ", ") + std::string(name(dtype));
-  return text;
-}
 
 void check_shape(const ForwardShape& s, Problems& problems) {
   auto not_negative = [&](const char* what, int64_t value) {
@@ -104,16 +74,6 @@ void check_options(const Params& p, int64_t rows, Problems& problems) {
   if (p.allow_neg_eigval && !p.beta_is_logits)
     problems.add("allow_neg_eigval needs beta_is_logits");
   if (!std::isfinite(p.scale)) problems.add("scale is ", p.scale, ", must be finite");
-}
-
-// 16 bytes: the kernels' vector and bulk copies. An operand without elements may be null.
-void check_pointer(const char* what, const void* pointer, bool needed, uintptr_t alignment,
-                   Problems& problems) {
-  if (pointer == nullptr) {
-    if (needed) problems.add(what, " is missing");
-  } else if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) {
-    problems.add(what, " is not aligned to ", alignment, " bytes");
-  }
 }
 
 bool has_tokens(const ForwardShape& s) { return s.B > 0 && s.T > 0; }

@@ -105,4 +105,22 @@ Status step(const StepParams& params, CUstream_st* stream) {
   return sm90::launch_decode_step(params, stream);
 }
 
+Status convolve(const ShortConvParams& params, CUstream_st* stream) {
+  if (Status status = check_short_conv(params); !status.ok()) return status;
+  if (params.shape.B == 0 || params.shape.T == 0) return {};
+  return sm90::launch_short_conv(params, stream);
+}
+
+Status convolve_backward(const ShortConvBackwardParams& params, CUstream_st* stream) {
+  if (Status status = check_short_conv_backward(params); !status.ok()) return status;
+  if (params.forward.shape.B == 0) return {};
+  return sm90::launch_short_conv_backward(params, stream);
+}
+
+Status convolve_step(const ShortConvStepParams& params, CUstream_st* stream) {
+  if (Status status = check_short_conv_step(params); !status.ok()) return status;
+  if (params.shape.N == 0) return {};
+  return sm90::launch_short_conv_step(params, stream);
+}
+
 }  // namespace jax_flashkda

@@ -6,6 +6,7 @@
 
 #include "core/status.h"
 #include "problem/params.h"
+#include "problem/short_conv.h"
 
 struct CUstream_st;  // cudaStream_t
 
@@ -34,6 +35,17 @@ struct StepVariant {
 
 std::vector<StepVariant> step_variants();
 
+// The same of the short convolution.
+struct ShortConvVariant {
+  int arch;
+  int64_t width;
+  int64_t channel_multiple;        // channels are a multiple of this
+  std::vector<DType> dtypes;       // of x
+  std::vector<DType> step_dtypes;  // of the step's x, of its kernel, of its state
+};
+
+std::vector<ShortConvVariant> short_conv_variants();
+
 const char* name(DType dtype);  // "f32", "bf16", "f16"
 
 // Every refusal that needs no GPU: dimensions, types, alignment, ranges, missing or contradictory
@@ -41,10 +53,15 @@ const char* name(DType dtype);  // "f32", "bf16", "f16"
 Status check_forward(const ForwardParams& params);
 Status check_backward(const BackwardParams& params);
 Status check_step(const StepParams& params);
+Status check_short_conv(const ShortConvParams& params);
+Status check_short_conv_backward(const ShortConvBackwardParams& params);
+Status check_short_conv_step(const ShortConvStepParams& params);
 
 // Bytes of ForwardParams::workspace for either; zero for shapes that the checks refuse.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
 int64_t backward_workspace_bytes(const ForwardShape& shape);
+// Of ShortConvBackwardParams::workspace.
+int64_t short_conv_workspace_bytes(const ShortConvShape& shape);
 
 // Once for every device, outside stream capture: refuses an architecture that nothing was compiled
 // for, and raises the kernels' shared-memory limits. Cheap to repeat.
@@ -55,5 +72,8 @@ Status initialize(int device);
 Status forward(const ForwardParams& params, CUstream_st* stream);
 Status backward(const BackwardParams& params, CUstream_st* stream);
 Status step(const StepParams& params, CUstream_st* stream);
+Status convolve(const ShortConvParams& params, CUstream_st* stream);
+Status convolve_backward(const ShortConvBackwardParams& params, CUstream_st* stream);
+Status convolve_step(const ShortConvStepParams& params, CUstream_st* stream);
 
 }  // namespace jax_flashkda

@@ -18,4 +18,12 @@ inline std::vector<StepVariant> compiled_step_variants() {
   return {{90, 128, 128, tokens, states}, {90, 64, 64, tokens, states}};
 }
 
+inline std::vector<ShortConvVariant> compiled_short_conv_variants() {
+  return {{90,
+           kShortConvWidth,
+           kShortConvChannelMultiple,
+           {DType::kBF16, DType::kF32},
+           {DType::kBF16, DType::kF16, DType::kF32}}};
+}
+
 }  // namespace jax_flashkda

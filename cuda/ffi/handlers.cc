@@ -16,181 +16,19 @@
 
 #include "ffi/handlers.h"
 
-#include <algorithm>
-#include <cstdint>
-#include <exception>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "dispatch/dispatch.h"
+#include "ffi/call.h"
 #include "problem/workspace.h"
-#include "xla/ffi/api/ffi.h"
-
-struct CUstream_st;
-
-// Headers of a newer JAX would compile too, and the oldest JAX supported would refuse the module.
-static_assert(XLA_FFI_API_MAJOR == 0 && XLA_FFI_API_MINOR == 3,
-              "build against the XLA FFI headers of jaxlib 0.9.2");
 
 namespace jax_flashkda {
 namespace {
 
-namespace ffi = xla::ffi;
-
 constexpr char kForward[] = "jax_flashkda.forward";
 constexpr char kBackward[] = "jax_flashkda.backward";
 constexpr char kStep[] = "jax_flashkda.step";
-
-// A call whose operands, results or attributes are not what the target takes.
-struct InvalidCall : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// The same, found by the dispatch layer, whose message names the target.
-struct RefusedCall : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-[[noreturn]] void refuse(const std::string& problem) { throw InvalidCall(problem); }
-
-template <typename T>
-T value_or_refuse(ffi::ErrorOr<T> decoded, const std::string& what) {
-  if (decoded.has_error()) refuse(what + ": " + decoded.error().message());
-  return *decoded;
-}
-
-std::string to_string(ffi::Span<const int64_t> dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
-std::string to_string(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::F64: return "float64";
-    case ffi::F32: return "float32";
-    case ffi::F16: return "float16";
-    case ffi::BF16: return "bfloat16";
-    case ffi::S32: return "int32";
-    case ffi::U8: return "uint8";
-    default: return "XLA element type " + std::to_string(static_cast<int>(dtype));
-  }
-}
-
-// A buffer under the name that messages give it. Its methods either return or throw InvalidCall.
-class Operand {
- public:
-  Operand(std::string name, ffi::AnyBuffer buffer) : name_(std::move(name)), buffer_(buffer) {}
-
-  void expect_rank(size_t rank) const {
-    if (buffer_.dimensions().size() != rank) {
-      refuse(name_ + " has shape " + to_string(buffer_.dimensions()) + ", expected " +
-                        std::to_string(rank) + " dimensions");
-    }
-  }
-
-  // `meaning` spells the expected dimensions as letters, for the message.
-  void expect_shape(const std::string& meaning, std::initializer_list<int64_t> dims) const {
-    const ffi::Span<const int64_t> got = buffer_.dimensions();
-    if (got.size() != dims.size() || !std::equal(dims.begin(), dims.end(), got.begin())) {
-      refuse(name_ + " has shape " + to_string(got) + ", expected " + meaning + " = " +
-                        to_string(ffi::Span<const int64_t>(dims.begin(), dims.size())));
-    }
-  }
-
-  void expect_dtype(ffi::DataType dtype) const {
-    if (buffer_.element_type() != dtype) {
-      refuse(name_ + " is " + to_string(buffer_.element_type()) + ", expected " +
-                        to_string(dtype));
-    }
-  }
-
-  DType float_dtype() const {
-    switch (buffer_.element_type()) {
-      case ffi::F32: return DType::kF32;
-      case ffi::BF16: return DType::kBF16;
-      case ffi::F16: return DType::kF16;
-      default:
-        refuse(name_ + " is " + to_string(buffer_.element_type()) +
-                          ", expected float32, bfloat16 or float16");
-    }
-  }
-
-  int64_t dim(size_t axis) const { return buffer_.dimensions()[axis]; }
-  int64_t bytes() const { return static_cast<int64_t>(buffer_.size_bytes()); }
-  ffi::DataType dtype() const { return buffer_.element_type(); }
-  template <typename T>
-  T* data() const { return static_cast<T*>(buffer_.untyped_data()); }
-
- private:
-  std::string name_;
-  ffi::AnyBuffer buffer_;
-};
-
-// Hands out operands, or results, in order; the caller says which is next.
-class OperandReader {
- public:
-  explicit OperandReader(ffi::RemainingArgs args) : args_(args) {}
-
-  Operand next(const char* name) {
-    if (next_ == args_.size()) refuse(std::string(name) + " is missing from the operands");
-    return Operand(name, value_or_refuse(args_.get<ffi::AnyBuffer>(next_++), name));
-  }
-  void expect_end() const {
-    if (next_ != args_.size()) {
-      refuse("got " + std::to_string(args_.size()) + " operands, expected " +
-                        std::to_string(next_));
-    }
-  }
-
- private:
-  ffi::RemainingArgs args_;
-  size_t next_ = 0;
-};
-
-class ResultReader {
- public:
-  explicit ResultReader(ffi::RemainingRets rets) : rets_(rets) {}
-
-  Operand next(const char* name) {
-    if (next_ == rets_.size()) refuse(std::string(name) + " is missing from the results");
-    return Operand(name, *value_or_refuse(rets_.get<ffi::AnyBuffer>(next_++), name));
-  }
-  void expect_end() const {
-    if (next_ != rets_.size()) {
-      refuse("got " + std::to_string(rets_.size()) + " results, expected " +
-                        std::to_string(next_));
-    }
-  }
-
- private:
-  ffi::RemainingRets rets_;
-  size_t next_ = 0;
-};
-
-// Reads attributes by name and counts them, so that one nobody reads is refused, not ignored.
-class AttributeReader {
- public:
-  explicit AttributeReader(ffi::Dictionary attributes) : attributes_(attributes) {}
-
-  template <typename T>
-  T get(const char* name) {
-    ++read_;
-    return value_or_refuse(attributes_.get<T>(name), std::string("attribute ") + name);
-  }
-  void expect_end() const {
-    if (attributes_.size() != read_) {
-      refuse("got " + std::to_string(attributes_.size()) + " attributes, expected " +
-                        std::to_string(read_));
-    }
-  }
-
- private:
-  ffi::Dictionary attributes_;
-  size_t read_ = 0;
-};
 
 // The options that forward, backward and step share.
 template <class Params>
@@ -318,22 +156,6 @@ Present read_optional_operands(OperandReader& operands, AttributeReader& attribu
   return present;
 }
 
-// The parts of a call, read in order; expect_end() refuses what nobody has read.
-struct Call {
-  Call(ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary dictionary)
-      : operands(args), results(rets), attributes(dictionary) {}
-
-  void expect_end() const {
-    operands.expect_end();
-    results.expect_end();
-    attributes.expect_end();
-  }
-
-  OperandReader operands;
-  ResultReader results;
-  AttributeReader attributes;
-};
-
 Present read_inputs(Call& call, ForwardParams& params) {
   read_attributes(call.attributes, params);
   read_data(call.operands, params);
@@ -347,14 +169,6 @@ Operand read_workspace(Call& call, ForwardParams& params) {
   workspace.expect_rank(1);
   params.workspace = workspace.data<void>();
   return workspace;
-}
-
-void check_call(const Status& status, const Operand& workspace, int64_t needed) {
-  if (!status.ok()) throw RefusedCall(status.message);
-  if (workspace.bytes() < needed) {
-    refuse("workspace has " + std::to_string(workspace.bytes()) + " bytes, expected " +
-                      std::to_string(needed) + ": was the program lowered by another version?");
-  }
 }
 
 ForwardParams read_forward(Call call) {
@@ -433,8 +247,7 @@ void read_step_state(Call& call, const Operand& given, StepParams& params) {
   state.expect_dtype(given.dtype());
   state.expect_shape("[slots, HV, K, V]", {s.slots, s.HV, s.K, s.V});
   params.state = state.data<void>();
-  if (given.data<void>() != params.state)
-    refuse("state is not updated in place: operand and result have different memory");
+  expect_in_place(given, state);
 }
 
 StepParams read_step(Call call) {
@@ -459,30 +272,8 @@ StepParams read_step(Call call) {
     params.token_states = token_states.data<void>();
   }
   call.expect_end();
-  const Status status = check_step(params);
-  if (!status.ok()) throw RefusedCall(status.message);
+  refuse_unless_ok(check_step(params));
   return params;
-}
-
-// Runs `body` and turns whatever it throws into an error that names the target.
-template <typename Body>
-ffi::Error guarded(const char* target, Body body) {
-  const auto named = [&](const char* text) { return std::string(target) + ": " + text; };
-  try {
-    return body();
-  } catch (const RefusedCall& error) {
-    return ffi::Error::InvalidArgument(error.what());
-  } catch (const InvalidCall& error) {
-    return ffi::Error::InvalidArgument(named(error.what()));
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(named(error.what()));
-  } catch (...) {
-    return ffi::Error::Internal(named("unknown exception"));
-  }
-}
-
-ffi::Error to_error(const Status& status) {
-  return status.ok() ? ffi::Error::Success() : ffi::Error::Internal(status.message);
 }
 
 // Runs before execution and outside of command buffer capture, on each device of the program.
@@ -495,61 +286,6 @@ ffi::Error initialize_device(int32_t device, ffi::RemainingArgs, ffi::RemainingR
   });
 }
 
-ffi::Error execute_forward(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           ffi::Dictionary attributes) {
-  return guarded(kForward, [&] {
-    return to_error(forward(read_forward({args, rets, attributes}), stream));
-  });
-}
-
-ffi::Error execute_backward(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                            ffi::Dictionary attributes) {
-  return guarded(kBackward, [&] {
-    return to_error(backward(read_backward({args, rets, attributes}), stream));
-  });
-}
-
-ffi::Error execute_step(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                        ffi::Dictionary attributes) {
-  return guarded(kStep, [&] {
-    return to_error(step(read_step({args, rets, attributes}), stream));
-  });
-}
-
-ffi::Error only_check_forward(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                              ffi::Dictionary attributes) {
-  return guarded(kForward, [&] {
-    read_forward({args, rets, attributes});
-    return ffi::Error::Success();
-  });
-}
-
-ffi::Error only_check_backward(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                               ffi::Dictionary attributes) {
-  return guarded(kBackward, [&] {
-    read_backward({args, rets, attributes});
-    return ffi::Error::Success();
-  });
-}
-
-ffi::Error only_check_step(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           ffi::Dictionary attributes) {
-  return guarded(kStep, [&] {
-    read_step({args, rets, attributes});
-    return ffi::Error::Success();
-  });
-}
-
-// What the handlers take.
-auto checking() { return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs(); }
-auto launching() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<CUstream_st*>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs();
-}
-
 XLA_FFI_DEFINE_HANDLER(kInitializeHandler, initialize_device,
                        ffi::Ffi::BindInitialize()
                            .Ctx<ffi::DeviceOrdinal>()
@@ -557,42 +293,33 @@ XLA_FFI_DEFINE_HANDLER(kInitializeHandler, initialize_device,
                            .RemainingRets()
                            .Attrs());
 
-// Command buffer compatible: they launch and do nothing else (no allocation, no query of the
-// stream), and the launches follow from the operands' shapes.
-XLA_FFI_DEFINE_HANDLER(kForwardHandler, execute_forward, launching(),
-                       {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER(kBackwardHandler, execute_backward, launching(),
-                       {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER(kStepHandler, execute_step, launching(),
-                       {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER(kStepCheckingHandler, only_check_step, checking());
-
-XLA_FFI_DEFINE_HANDLER(kForwardCheckingHandler, only_check_forward, checking());
-
-XLA_FFI_DEFINE_HANDLER(kBackwardCheckingHandler, only_check_backward, checking());
-
 }  // namespace
 
 std::vector<Handler> handlers() {
-  return {
-      {kForward, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
-      {kForward, "execute", reinterpret_cast<void*>(kForwardHandler)},
-      {kBackward, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
-      {kBackward, "execute", reinterpret_cast<void*>(kBackwardHandler)},
-      {kStep, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
-      {kStep, "execute", reinterpret_cast<void*>(kStepHandler)},
+  void* initialize = reinterpret_cast<void*>(kInitializeHandler);
+  std::vector<Handler> all = {
+      {kForward, "initialize", initialize},
+      {kForward, "execute", executing_handler<kForward, read_forward, forward>()},
+      {kBackward, "initialize", initialize},
+      {kBackward, "execute", executing_handler<kBackward, read_backward, backward>()},
+      {kStep, "initialize", initialize},
+      {kStep, "execute", executing_handler<kStep, read_step, step>()},
   };
+  for (const Handler& handler : short_conv_handlers()) {
+    all.push_back({handler.target, "initialize", initialize});
+    all.push_back(handler);
+  }
+  return all;
 }
 
 std::vector<Handler> checking_handlers() {
-  return {
-      {kForward, "execute", reinterpret_cast<void*>(kForwardCheckingHandler)},
-      {kBackward, "execute", reinterpret_cast<void*>(kBackwardCheckingHandler)},
-      {kStep, "execute", reinterpret_cast<void*>(kStepCheckingHandler)},
+  std::vector<Handler> all = {
+      {kForward, "execute", checking_handler<kForward, read_forward>()},
+      {kBackward, "execute", checking_handler<kBackward, read_backward>()},
+      {kStep, "execute", checking_handler<kStep, read_step>()},
   };
+  for (const Handler& handler : short_conv_checking_handlers()) all.push_back(handler);
+  return all;
 }
 
 }  // namespace jax_flashkda

@@ -1,4 +1,4 @@
-// The XLA FFI handlers, as plain pointers: only handlers.cc sees XLA's headers.
+// The XLA FFI handlers, as plain pointers: only this folder sees XLA's headers.
 #pragma once
 
 #include <vector>
@@ -18,5 +18,9 @@ std::vector<Handler> handlers();
 // decoded and checked, no memory is read or written. Needs neither a GPU nor a stream, so that the
 // checks are tested through XLA on a CPU.
 std::vector<Handler> checking_handlers();
+
+// Those of the short convolution among them, without initialize.
+std::vector<Handler> short_conv_handlers();
+std::vector<Handler> short_conv_checking_handlers();
 
 }  // namespace jax_flashkda

@@ -5,6 +5,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+#include <type_traits>
+
+#include "core/ptx.cuh"
 #include "problem/params.h"
 
 namespace jax_flashkda {
@@ -65,6 +69,21 @@ class RawElements {
   Halves low_ = {}, high_ = {};  // the second is there for fp32 alone
 };
 
+// In as few stores as there are 16-byte pieces.
+template <class Element, int kCount>
+__device__ __forceinline__ void store_pieces(Element* to, const Elements<Element, kCount>& x) {
+  using Piece = std::conditional_t<sizeof(x) % 16 == 0, uint4, uint2>;
+  if constexpr (sizeof(x) % sizeof(Piece) == 0) {
+    Piece pieces[sizeof(x) / sizeof(Piece)];
+    memcpy(pieces, &x, sizeof(x));
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(x) / sizeof(Piece)); ++i)
+      store_whole(reinterpret_cast<Piece*>(to) + i, pieces[i]);
+  } else {
+    *reinterpret_cast<Elements<Element, kCount>*>(to) = x;
+  }
+}
+
 template <int kCount>
 __device__ __forceinline__ void store_elements(void* to, DType dtype, int64_t first,
                                                const float (&x)[kCount]) {
@@ -73,7 +92,7 @@ __device__ __forceinline__ void store_elements(void* to, DType dtype, int64_t fi
     Stored stored;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) from_float(stored.values[i], x[i]);
-    *reinterpret_cast<Stored*>(static_cast<decltype(type)*>(to) + first) = stored;
+    store_pieces(static_cast<decltype(type)*>(to) + first, stored);
   };
   if (dtype == DType::kBF16)
     store(__nv_bfloat16{});

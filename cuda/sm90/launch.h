@@ -7,6 +7,12 @@
 
 struct CUstream_st;
 
+namespace jax_flashkda {
+struct ShortConvParams;
+struct ShortConvBackwardParams;
+struct ShortConvStepParams;
+}  // namespace jax_flashkda
+
 namespace jax_flashkda::sm90 {
 
 // Refuses a device of another architecture; raises the kernels' shared-memory limits on this one.
@@ -58,5 +64,10 @@ Status launch_gradient_reduce(const BackwardParams& params, const BackwardWorksp
 
 // The decode step.
 Status launch_decode_step(const StepParams& params, CUstream_st* stream);
+
+// The short convolution, its gradients (of the kernel and the bias also without tokens), its step.
+Status launch_short_conv(const ShortConvParams& params, CUstream_st* stream);
+Status launch_short_conv_backward(const ShortConvBackwardParams& params, CUstream_st* stream);
+Status launch_short_conv_step(const ShortConvStepParams& params, CUstream_st* stream);
 
 }  // namespace jax_flashkda::sm90

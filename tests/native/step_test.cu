@@ -3,8 +3,6 @@
 // that bits depend neither on the batch nor on how a state is divided among CTAs. Prints a line a
 // case; exit status 1 on failure.
 //   step_test [--quick]      --quick: few heads, for compute-sanitizer
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -14,6 +12,7 @@
 
 #include "device.h"
 #include "dispatch/dispatch.h"
+#include "dtypes.h"
 #include "sm90/decode_step/kernel.cuh"
 
 namespace {
@@ -30,30 +29,6 @@ struct Case {
   bool token_states = true, parameters_per_sequence = false;
   std::vector<int32_t> indices = {};
 };
-
-float rounded(float x, DType dtype) {
-  if (dtype == DType::kBF16) return round_bf16(x);
-  if (dtype == DType::kF16) return __half2float(__float2half(x));
-  return x;
-}
-
-DeviceBuffer upload(const std::vector<float>& values, DType dtype) {
-  if (dtype != DType::kF16) return upload_as(values, dtype == DType::kBF16);
-  std::vector<__half> halves(values.begin(), values.end());
-  DeviceBuffer buffer(halves.size() * 2);
-  buffer.upload(halves);
-  return buffer;
-}
-
-std::vector<float> download(const DeviceBuffer& buffer, DType dtype) {
-  if (dtype == DType::kF32) return buffer.download<float>();
-  std::vector<float> values;
-  if (dtype == DType::kF16)
-    for (__half x : buffer.download<__half>()) values.push_back(__half2float(x));
-  else
-    for (__nv_bfloat16 x : buffer.download<__nv_bfloat16>()) values.push_back(__bfloat162float(x));
-  return values;
-}
 
 // A case's operands on both sides.
 struct Operands {
@@ -206,19 +181,6 @@ struct Launch {
   DeviceBuffer q, k, v, g, beta, A_log, dt_bias, state, indices, o, token_states;
   StepParams params{};
 };
-
-double relative_rms(const std::vector<double>& truth, const std::vector<float>& got) {
-  double error = 0.0, size = 0.0;
-  for (size_t i = 0; i < truth.size(); ++i) {
-    error += (got[i] - truth[i]) * (got[i] - truth[i]);
-    size += truth[i] * truth[i];
-  }
-  return std::isnan(error) ? error : size > 0 ? std::sqrt(error / size) : std::sqrt(error);
-}
-
-double limit_of(DType dtype) {
-  return dtype == DType::kF32 ? 2e-6 : dtype == DType::kF16 ? 4e-4 : 3e-3;  // rounding, once
-}
 
 // States as the pool must hold them afterwards: those of the last token, and the rest as they were.
 std::vector<double> final_states(const Case& c, const Operands& x, const Truth& truth) {

@@ -46,6 +46,7 @@ class Problem:
     max_segments: int = 1  # N, the segment states a row carries; 1 without segment_ids
     return_final_state: bool = False
     return_chunk_states: bool = False
+    context_axis: str | None = None  # of the whole call; a shard's own problem has none
     residual_name: str | None = None
     implementation: Literal["cuda", "xla"] | None = None
     has_A_log: bool = False

@@ -16,6 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from . import _context
 from ._segments import extents, is_padding, places
 
 __all__ = ["short_conv", "short_conv_state", "short_conv_step"]
@@ -30,6 +31,7 @@ def short_conv(
     segment_ids=None,
     padding_segment_id=0,
     initial_state=None,
+    context_axis=None,
 ):
     """Causal depthwise convolution along T, inside segments, followed by SiLU.
 
@@ -45,6 +47,8 @@ def short_conv(
     - `initial_state`: the W - 1 inputs before each segment, oldest first, floating: [B, W - 1,
       ...channels], or [B, N, W - 1, ...channels] with `segment_ids`, for the first N segments of a
       row. Zero by default.
+    - `context_axis`: the mesh axis that T is split over, as in `kimi_delta_attention`; without
+      `initial_state`. Each device gets the W - 1 tokens before its own from its neighbour.
 
     **Returns** an array like `x`, zero at padding.
 
@@ -53,7 +57,9 @@ def short_conv(
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     bias = None if bias is None else jnp.asarray(bias)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    _check(x, kernel, bias, activation, segment_ids, initial_state)
+    _check(x, kernel, bias, activation, segment_ids, initial_state, context_axis)
+    if context_axis is not None:
+        return _on_shards(x, kernel, bias, segment_ids, context_axis, activation, padding_segment_id)
     if initial_state is not None and segment_ids is None:
         initial_state = initial_state[:, None]
     # Without the barriers of prevent_cse, which cost CPUs several times the convolution. Scanned
@@ -63,6 +69,41 @@ def short_conv(
         prevent_cse=False,
     )
     return conv(x, kernel, bias, segment_ids, initial_state)
+
+
+def _on_shards(x, kernel, bias, segment_ids, axis, activation, padding_segment_id):
+    """`short_conv` of the shards of rows that `axis` splits."""
+    channels = tuple(f"C{i}" for i in range(x.ndim - 2))
+    letters = dict(x=("B", "T", *channels), kernel=("W", *channels), bias=channels, ids=("B", "T"))
+    operands = dict(x=x, kernel=kernel, bias=bias, ids=segment_ids)
+    operands = {name: operand for name, operand in operands.items() if operand is not None}
+
+    def convolve(*shards):
+        # A token has W - 1 more before it, zeros or padding where its row begins.
+        named = dict(zip(operands, shards, strict=True))
+        size = kernel.shape[0] - 1
+        named["x"] = _context.extended(named["x"], size, axis)
+        if segment_ids is not None:
+            named["ids"] = _context.extended(named["ids"], size, axis, before_all=-1)
+        y = short_conv(
+            named["x"],
+            named["kernel"],
+            named.get("bias"),
+            activation=activation,
+            segment_ids=named.get("ids"),
+            padding_segment_id=padding_segment_id,
+        )
+        return y[:, size:]
+
+    return _context.on_shards(
+        "short_conv",
+        axis,
+        convolve,
+        tuple(operands.values()),
+        [letters[name] for name in operands],
+        letters["x"],
+        _context.split_alike(x, letters["x"]),
+    )
 
 
 def short_conv_state(x, width, *, segment_ids=None, padding_segment_id=0, max_segments=None):
@@ -191,8 +232,12 @@ def _tap_masks(segment_ids, width):
     return masks
 
 
-def _check(x, kernel, bias, activation, segment_ids, initial_state):
+def _check(x, kernel, bias, activation, segment_ids, initial_state, context_axis):
     problems = _problems(x, kernel, bias, activation)
+    if initial_state is not None and context_axis is not None:
+        problems.append(
+            f"context_axis={context_axis!r} is not for rows with an initial_state; leave one out"
+        )
     if segment_ids is not None:
         if segment_ids.shape != x.shape[:2]:
             problems.append(f"segment_ids must be [B, T] = {x.shape[:2]}, got {segment_ids.shape}")

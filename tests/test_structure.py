@@ -26,6 +26,7 @@ FLOORS = {
     "_recurrent": 2,
     "_primitives": 3,
     "_vjp": 4,
+    "_context": 4,
     "_kda": 5,
     "_step": 5,
     "_short_conv": 5,

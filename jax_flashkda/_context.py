@@ -21,7 +21,6 @@ enters and leaves through `pcast` and `psum`, so the sums of their gradients are
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import _primitives, _segments
+from . import _primitives, _segments, _vjp
 from ._problem import Problem
 
 # ------------------------------------------------------------------------------ from mesh to shard
@@ -74,7 +73,9 @@ def _shard_map(mesh, call, operands, axes, result_axes, split, names=frozenset()
     specs = [_spec(letters, split) for letters in axes]
     if explicit:
         operands = [
-            jax.sharding.reshard(x, NamedSharding(mesh, P(*(_only(entry, explicit) for entry in s))))
+            jax.sharding.reshard(
+                x, NamedSharding(mesh, P(*(_only(entry, explicit) for entry in s)))
+            )
             for x, s in zip(operands, specs, strict=True)
         ]
     mapped = jax.shard_map(
@@ -125,22 +126,22 @@ def _check(function, axis, mesh, types, T, split):
 
 def split_alike(x, letters):
     """Over which mesh axes x is split, by letter, T left out."""
-    spec = jax.typeof(x).sharding.spec
-    return {letter: _primitives.axes_of(entry) for letter, entry in zip(letters, spec) if letter != "T"}
+    entries = zip(letters, jax.typeof(x).sharding.spec, strict=False)
+    return {letter: _primitives.axes_of(entry) for letter, entry in entries if letter != "T"}
 
 
 def extended(x, size, axis, before_all=0):
-    """Each shard x [B, T, ..] with the `size` tokens before it, `before_all` before the first."""
+    """A shard x [B, T, ..] with the `size` tokens before it, `before_all` before the first. Empty
+    shards remain so."""
     T, shards, shard = x.shape[1], lax.axis_size(axis), lax.axis_index(axis)
     blocks, distance = [x], 1
-    while size > 0:  # a shard shorter than that needs more than its neighbour
-        take = min(size, T) or size
-        block = jnp.full((x.shape[0], take, *x.shape[2:]), before_all, x.dtype)
-        if T > 0 and distance < shards:
+    while size > 0 and T > 0:  # a shard shorter than that needs more than its neighbour
+        take = min(size, T)
+        block = x[:, T - take :]
+        if distance < shards:
             pairs = [(i, i + distance) for i in range(shards - distance)]
-            received = lax.ppermute(x[:, T - take :], axis, pairs)
-            block = jnp.where(shard < distance, block, received)
-        blocks.insert(0, block)
+            block = lax.ppermute(block, axis, pairs)
+        blocks.insert(0, jnp.where(shard < distance, jnp.asarray(before_all, x.dtype), block))
         size, distance = size - take, distance + 1
     return jnp.concatenate(blocks, axis=1)
 
@@ -253,8 +254,11 @@ def _where(condition, x, y):
 def _attend_shard(problem: Problem, *operands):
     """The results of a shard, where `problem.context_axis` is manual."""
     axis = problem.context_axis
-    operands = _primitives.shard_alike(problem, operands)
-    results = _attend(problem, *_primitives.vary_alike(operands, axis))
+    operands = _primitives.vary_alike(_primitives.shard_alike(problem, operands), axis)
+    if lax.axis_size(axis) == 1:
+        results = _vjp.attend(dataclasses.replace(problem, context_axis=None), *operands)
+    else:
+        results = _attend(problem, *operands)
     named = dict(zip(problem.result_names, results, strict=True))
     if problem.return_final_state:  # shards fill different slots
         named["final_state"] = lax.psum(named["final_state"], axis)
@@ -419,12 +423,13 @@ def _maps(problem, named, rows, parts, initial):
     the state S that comes in to the next one, or B where its tail began in it."""
     start = _slots(initial, rows.first + rows.count - 1, 1)
     B = _run(problem, named, _where(rows.through, 0, start), parts.tail)[1]
-    inside = None if parts.tail is None else parts.tail & rows.own(rows.inside)[:, None]
-    rows_B, _, HV, K, _ = start.shape
-    identity = jnp.broadcast_to(jnp.eye(K, dtype=initial.dtype), (rows_B, 1, HV, K, K))
+    # Of no values nothing is written: from the identity on, the state is M.
+    *batch_and_heads, K, _ = start.shape
+    identity = jnp.broadcast_to(jnp.eye(K, dtype=start.dtype), (*batch_and_heads, K, K))
     v = named["v"]
-    silent = named | {"v": jnp.zeros((*v.shape[:3], K), v.dtype)}
-    M = _run(problem, silent, identity, inside)[1]
+    named = named | {"v": jnp.zeros((*v.shape[:3], K), v.dtype)}
+    inside = None if parts.tail is None else parts.tail & rows.own(rows.inside)[:, None]
+    M = _run(problem, named, identity, inside)[1]
     return M[:, 0], B[:, 0]
 
 

@@ -59,7 +59,9 @@ def short_conv(
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     _check(x, kernel, bias, activation, segment_ids, initial_state, context_axis)
     if context_axis is not None:
-        return _on_shards(x, kernel, bias, segment_ids, context_axis, activation, padding_segment_id)
+        return _on_shards(
+            x, kernel, bias, segment_ids, context_axis, activation, padding_segment_id
+        )
     if initial_state is not None and segment_ids is None:
         initial_state = initial_state[:, None]
     # Without the barriers of prevent_cse, which cost CPUs several times the convolution. Scanned
@@ -93,7 +95,7 @@ def _on_shards(x, kernel, bias, segment_ids, axis, activation, padding_segment_i
             segment_ids=named.get("ids"),
             padding_segment_id=padding_segment_id,
         )
-        return y[:, size:]
+        return y[:, size:] if y.shape[1] > 0 else y
 
     return _context.on_shards(
         "short_conv",

@@ -98,7 +98,7 @@ def _is_letters(x):
 
 def _only(entry, names):
     """What an entry of a PartitionSpec has of `names`."""
-    return tuple(name for name in entry or () if name in names) or None
+    return tuple(name for name in _primitives.axes_of(entry) if name in names) or None
 
 
 def _check(function, axis, mesh, types, T, split):

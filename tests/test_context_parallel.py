@@ -268,9 +268,14 @@ def test_explicit_mesh():
 
 
 def test_explicit_mesh_that_only_the_arrays_know():
-    arguments = placed(WHOLE, mesh_of(EXPLICIT, EXPLICIT), heads="x")
-    got = jax.eval_shape(jax.jit(with_gradients(WHOLE)), *arguments)
+    """T is brought to the axis where it is whole."""
+    mesh = mesh_of(EXPLICIT, EXPLICIT)
+    (arrays, _), (_, cotangents) = (
+        placed(WHOLE, mesh, heads="x", tokens=tokens) for tokens in (None, "t")
+    )
+    got = jax.eval_shape(jax.jit(with_gradients(WHOLE)), arrays, cotangents)
     assert got["o"].sharding.spec == P(None, "t", "x", None)
+    assert got["dq"].sharding.spec == P(None, None, "x", None)
 
 
 @pytest.mark.parametrize("types", [(EXPLICIT, EXPLICIT), (AUTO, EXPLICIT)], ids=str)
@@ -346,7 +351,7 @@ def test_no_tokens_and_one_shard(shards, tokens):
 
 
 def test_named_residuals():
-    """Saved by name, nothing of the forward is computed again; unsaved, both passes for the maps."""
+    """Saved by name, nothing of the forward is computed again; else the two passes of the maps."""
     arrays, cotangents, results = all_specs(PACKED)
 
     def calls(policy):

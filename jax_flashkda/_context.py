@@ -3,17 +3,18 @@
 A shard takes the state S of the segment that runs into it to M S + B, both of them [K, ..] and
 float32, whatever its length. So shards exchange their maps (M, B), not tokens:
 
-    forward     B and M of each shard; all_gather; S of each shard by S <- M S + B over the shards
+    forward     M and B of each shard; all_gather; S of each shard by S <- M S + B over the shards
                 before it; then the op on the shard, from S.
-    backward    C, the gradient of S with no gradient from behind; all_gather of (M, C);
+    backward    C, the gradient of S with none from behind; all_gather of (M, C);
                 dS <- M^T dS + C over the shards after it; then the op's gradient on the shard.
 
 Segments are those of the whole row: equal ids on both sides of an edge are one segment. What a row
-needs of them are few numbers of each shard, which are exchanged first (`_Rows`). Of the segments of
-a shard at most two meet others: the *head*, that the shard before left unfinished, and the *tail*,
-that goes on in the next one. Each is computed by a call of the op in which all other tokens are
-padding, so its cost is that of its own tokens. A shard of one segment from edge to edge, head and
-tail at once, is *through*; only there M is needed, and nothing else costs a second pass.
+needs of them are few numbers of each shard, which are exchanged first (`_Rows`). A shard lies
+*inside* of a segment that goes on on both sides; else its *tail*, the segment that goes on in the
+next shard, begins in it. Maps are those of the tail, and only inside is C a pass of its own: tokens
+that a pass leaves out are padding to it, which costs next to nothing. Without segment ids a shard
+is cut into pieces, rows of their own, whose maps are combined alike: few long rows of few heads
+would leave most of a device idle.
 
 All results of a shard are its own contributions: what all shards share (states and gate parameters)
 enters and leaves through `pcast` and `psum`, so the sums of their gradients are JAX's.
@@ -32,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from . import _primitives, _segments, _vjp
 from ._problem import Problem
+from ._segments import CHUNK
 
 # ------------------------------------------------------------------------------ from mesh to shard
 
@@ -211,26 +213,17 @@ def _rows(problem, named) -> _Rows:
     )
 
 
-class _Parts(NamedTuple):
-    """Which tokens [B, T] of a shard are which part of it; None throughout without segment ids,
-    where each of head and tail is all of it and the middle nothing."""
-
-    head: jax.Array | None
-    middle: jax.Array | None
-    tail: jax.Array | None
-
-
-def _parts(problem, rows: _Rows, named) -> _Parts:
-    """The tail of a shard that is its segment's end and no more is empty: the head is all of it."""
+def _tail(problem, rows: _Rows, named):
+    """[B, T]: the tokens of the tail; None without segment ids, where it is all of them."""
     if not problem.has_segment_ids:
-        return _Parts(None, None, None)
-    segment_ids = named["segment_ids"]
-    column = lambda x: x[:, None]
-    valid = ~_segments.is_padding(segment_ids, problem.padding_segment_id)
-    segment, _ = _segments.places(segment_ids, problem.padding_segment_id)
-    head = valid & column(rows.head) & (segment == 0)
-    tail = valid & column(rows.continued) & (segment == column(rows.count) - 1)
-    return _Parts(head, valid & ~head & ~tail, tail)
+        return None
+    segment, _ = _segments.places(named["segment_ids"], problem.padding_segment_id)
+    last = segment == rows.count[:, None] - 1
+    return rows.continued[:, None] & last & ~_padding(problem, named)
+
+
+def _padding(problem, named):
+    return _segments.is_padding(named["segment_ids"], problem.padding_segment_id)
 
 
 def _slots(states, first, size):
@@ -287,150 +280,141 @@ def _backward_rule(problem, saved, cotangents):
 
 _attend.defvjp(_forward_rule, _backward_rule)
 
-# What the backward needs of the forward besides its operands.
-_MAPS = {"M": ("B", "HV", "K", "K"), "incoming": ("B", "HV", "K", "V")}
+# What the backward needs of the forward besides its operands, of P pieces of a shard: their maps,
+# and the states they start from; with segment ids of one piece, and the state that comes in.
+_SAVED = {"M": ("B", "P", "HV", "K", "K"), "starts": ("B", "P", "HV", "K", "V")}
 
 
 def _on_rows(problem, stage, operands):
     """`stage` of a shard; also where mesh axes of batch or heads are still Explicit."""
-    mesh = _primitives.mesh_of(operands)
-    call = functools.partial(stage, problem)
+    mesh, call = _primitives.mesh_of(operands), functools.partial(stage, problem)
     if AxisType.Explicit not in mesh.axis_types:
         return call(*operands)
-    batch, heads = _primitives.split(
-        problem, operands, [jax.typeof(operand).sharding for operand in operands]
-    )
-    axes = problem.axes | _MAPS
-    forward = tuple(axes[name] for name in problem.operand_names)
+    shardings = [jax.typeof(operand).sharding for operand in operands]
+    batch, heads = _primitives.split(problem, operands, shardings)
+    axes, saved = problem.axes, tuple(_SAVED.values())
+    arguments = tuple(axes[name] for name in problem.operand_names)
     results = tuple(axes[name] for name in problem.result_names)
-    maps = tuple(_MAPS.values())
-    return _shard_map(
-        mesh,
-        call,
-        operands,
-        forward if stage is _forward else (*forward, *maps, *results),
-        (results, maps)
-        if stage is _forward
-        else tuple(axes[name] for name in problem.differentiable_names),
-        {"B": batch, "H": heads, "HV": heads},
-    )
+    if stage is _forward:
+        result_axes = results, saved
+    else:
+        arguments = (*arguments, *saved, *results)
+        result_axes = tuple(axes[name] for name in problem.differentiable_names)
+    split = {"B": batch, "H": heads, "HV": heads}
+    return _shard_map(mesh, call, operands, arguments, result_axes, split)
 
 
 def _forward(problem, *operands):
-    """(results, (M, the state that comes in)) of a shard."""
+    """(results, (M, starts)) of a shard."""
     named = problem.named(operands)
-    rows = _rows(problem, named)
-    parts = _parts(problem, rows, named)
-    initial = _initial_state(problem, named)
-    M, B = _maps(problem, named, rows, parts, initial)
-    incoming = _scan(problem.context_axis, rows, M, B)
-    size = problem.max_segments if problem.has_initial_state or problem.return_final_state else 1
-    states = _slots(initial, rows.first, size)
-    states = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
-    o, states = _run(problem, named, states)
+    rows, initial = _rows(problem, named), _initial_state(problem, named)
+    pieces = _pieces(problem, named)
+    M, B = _maps(problem, named, pieces, _tail(problem, rows, named))
+    start = _slots(initial, rows.first + rows.count - 1, 1)[:, 0]
+    # Behind the last piece, from where the tail begins: from no state if it came in.
+    behind = _states(M, B, _where(rows.through, 0, start))[:, -1]
+    incoming = _scan(problem.context_axis, rows, _total(M), behind)
+    if problem.has_segment_ids:
+        wanted = problem.has_initial_state or problem.return_final_state
+        states = _slots(initial, rows.first, problem.max_segments if wanted else 1)
+        starts = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
+        saved = incoming[:, None]
+    else:
+        starts = saved = _states(M, B, _where(rows.head, incoming, initial[:, 0]))[:, :-1]
+    o, ends = _run(problem, named, pieces, starts)
     results = dict(o=o)
     if problem.return_final_state:
         ended = rows.count - rows.continued
-        results["final_state"] = _spread(rows, [(states, rows.first, ended)], initial)
-    return tuple(results[name] for name in problem.result_names), (M, incoming)
+        ends = ends if problem.has_segment_ids else ends[:, -1:]
+        results["final_state"] = _spread(rows, [(ends, rows.first, 0, ended)], initial)
+    return tuple(results[name] for name in problem.result_names), (M, saved)
 
 
 def _backward(problem, *operands):
-    """The gradients of a shard's operands."""
+    """The gradients of a shard's operands, from these, `_SAVED` and the results' cotangents."""
     named = problem.named(operands)
-    M, incoming, *cotangents = operands[len(named) :]
+    M, starts, *cotangents = operands[len(named) :]
     d = dict(zip(problem.result_names, cotangents, strict=True))
-    rows = _rows(problem, named)
-    parts = _parts(problem, rows, named)
-    initial = _initial_state(problem, named)
+    rows, initial = _rows(problem, named), _initial_state(problem, named)
     d_final = d.get("final_state", jnp.zeros_like(initial))
-    pull_back = functools.partial(_pull_back, problem, named, d["o"])
-
-    # Head, from the gradient of its final state if it ends here. Inside a segment this is C, and
-    # the gradients of the tokens are left to the tail.
-    inside = rows.own(rows.inside)
-    d_end = _where(inside, 0, _slots(d_final, rows.first, 1))
-    d_head, C = pull_back(incoming[:, None], d_end, parts.head)
-    d_state = _scan_back(problem.context_axis, rows, M, C[:, 0])
-
-    # Tail, from what comes back of the shard behind.
-    last = rows.first + rows.count - 1
-    start = _where(rows.through, incoming[:, None], _slots(initial, last, 1))
-    d_end = _where(rows.continued, d_state[:, None], _slots(d_final, last, 1))
-    gradients, d_start = pull_back(start, d_end, parts.tail)
-    began = ~rows.through
-    d_slots = [(d_start, last, began.astype(jnp.int32))]
-    if problem.has_segment_ids:
-        # Middle: segments that begin and end here.
-        began &= rows.continued
-        first = rows.first + rows.head
-        N = problem.max_segments
-        d_middle, d_starts = pull_back(
-            _slots(initial, first, N), _slots(d_final, first, N), parts.middle
-        )
-        gradients = _merge(parts, inside, d_head, d_middle, gradients)
-        d_slots = [
-            (d_start, last, began.astype(jnp.int32)),
-            (d_starts, first, rows.count - rows.head - began),
-        ]
+    backward = _backward_of_segments if problem.has_segment_ids else _backward_of_rows
+    gradients, d_slots = backward(problem, named, rows, M, starts, initial, d["o"], d_final)
     if problem.has_initial_state:
         gradients["initial_state"] = _spread(rows, d_slots, d_final)
     return tuple(gradients[name] for name in problem.differentiable_names)
+
+
+def _backward_of_rows(problem, named, rows, M, starts, initial, d_o, d_final):
+    """Of rows that are one segment each: gradients by name, and those of slots for `_spread`."""
+    pieces = M.shape[1]
+    C = _state_gradients(problem, named, pieces, d_o)
+    d_start = _states_back(M, C, _where(rows.continued, 0, d_final[:, 0]))[:, 0]
+    d_state = _scan_back(problem.context_axis, rows, _total(M), d_start)
+    d_ends = _states_back(M, C, _where(rows.continued, d_state, d_final[:, 0]))[:, 1:]
+    gradients, d_starts = _pull_back(problem, named, pieces, d_o, starts, d_ends)
+    return gradients, [(d_starts[:, :1], rows.first, rows.head, rows.count)]
+
+
+def _backward_of_segments(problem, named, rows, M, starts, initial, d_o, d_final):
+    """Of packed rows."""
+    tail = _tail(problem, rows, named)
+    incoming, inside = starts[:, 0], rows.own(rows.inside)
+
+    # All that ends here. The first segment's initial state is the one that comes in.
+    states = _slots(initial, rows.first, problem.max_segments)
+    states = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
+    d_ends = _slots(d_final, rows.first, problem.max_segments)
+    rest = ~tail & ~_padding(problem, named)
+    d_rest, d_starts = _pull_back(problem, named, 1, d_o, states, d_ends, rest)
+
+    C = _state_gradients(problem, named, 1, d_o, tail & inside[:, None])
+    C = _where(inside, C, d_starts[:, :1])
+    d_state = _scan_back(problem.context_axis, rows, M[:, 0], C[:, 0])
+
+    last = rows.first + rows.count - 1
+    start = _where(rows.through, incoming[:, None], _slots(initial, last, 1))
+    d_tail, d_start = _pull_back(problem, named, 1, d_o, start, d_state[:, None], tail)
+
+    ended, head = rows.count - rows.continued, rows.head.astype(jnp.int32)
+    began = (rows.continued & ~rows.through).astype(jnp.int32)
+    d_slots = [(d_starts, rows.first, head, ended), (d_start, last, 0, began)]
+    return {name: _merge(name, tail, d_tail[name], x) for name, x in d_rest.items()}, d_slots
+
+
+def _merge(name, tail, of_tail, of_rest):
+    if name in ("A_log", "dt_bias"):
+        return of_tail + of_rest
+    return jnp.where(tail.reshape(*tail.shape, *[1] * (of_rest.ndim - 2)), of_tail, of_rest)
 
 
 def _initial_state(problem, named):
     """[B, N, HV, K, V], zeros where there is none."""
     if problem.has_initial_state:
         return named["initial_state"]
+    return _no_states(named, problem.max_segments)
+
+
+def _no_states(named, count):
     v, K = named["v"], named["k"].shape[-1]
     B, _, HV, V = v.shape
-    return jnp.zeros((B, problem.max_segments, HV, K, V), jnp.promote_types(v.dtype, jnp.float32))
+    return jnp.zeros((B, count, HV, K, V), jnp.promote_types(v.dtype, jnp.float32))
 
 
 def _spread(rows, parts, otherwise):
-    """[B, N, ..] slots of the whole rows: `parts`, each (states, its first slot, how many there
-    are); zero where they are another shard's; `otherwise` where there is no segment."""
+    """[B, N, ..] slots of whole rows: this shard's, of `parts` (states, slot of the first, begin,
+    end) those from begin to end; zero where they are another's; `otherwise` where no segment is."""
     N = otherwise.shape[1]
     slot = jnp.arange(N, dtype=jnp.int32)
     across = lambda x: x.reshape(*x.shape, *[1] * (otherwise.ndim - 2))
     spread = jnp.where(across(slot >= rows.unused[:, None]), otherwise, 0)
-    for states, first, count in parts:
+    for states, first, begin, end in parts:
         place = slot - first[:, None]
-        mine = (place >= 0) & (place < count[:, None])
+        mine = (place >= jnp.reshape(begin, (-1, 1))) & (place < end[:, None])
         spread = jnp.where(across(mine), _slots(states, -first, N), spread)
     return spread
 
 
-def _merge(parts, inside, d_head, d_middle, d_tail):
-    """Gradients of all tokens and parameters from those of the parts."""
-    column = lambda mask, x: mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
-    merged = {}
-    for name, middle in d_middle.items():
-        head, tail = d_head[name], d_tail[name]
-        if name in ("A_log", "dt_bias"):
-            merged[name] = middle + tail + _where(inside, 0, head)
-        else:
-            rest = jnp.where(column(parts.head, head), head, middle)
-            merged[name] = jnp.where(column(parts.tail, tail), tail, rest)
-    return merged
-
-
 # ------------------------------------------------------------------------------------------- maps
-
-
-def _maps(problem, named, rows, parts, initial):
-    """M [B, HV, K, K], read inside of segments alone, and B [B, HV, K, V]: a shard hands M S + B of
-    the state S that comes in to the next one, or B where its tail began in it."""
-    start = _slots(initial, rows.first + rows.count - 1, 1)
-    B = _run(problem, named, _where(rows.through, 0, start), parts.tail)[1]
-    # Of no values nothing is written: from the identity on, the state is M.
-    *batch_and_heads, K, _ = start.shape
-    identity = jnp.broadcast_to(jnp.eye(K, dtype=start.dtype), (*batch_and_heads, K, K))
-    v = named["v"]
-    named = named | {"v": jnp.zeros((*v.shape[:3], K), v.dtype)}
-    inside = None if parts.tail is None else parts.tail & rows.own(rows.inside)[:, None]
-    M = _run(problem, named, identity, inside)[1]
-    return M[:, 0], B[:, 0]
 
 
 def _scan(axis, rows, M, B):
@@ -446,47 +430,121 @@ def _scan(axis, rows, M, B):
 
 
 def _scan_back(axis, rows, M, C):
-    """The gradient of the state that this shard hands on, [B, HV, K, V]."""
+    """The gradient of the state that this shard hands on, [B, HV, K, V]; zero where none does."""
     maps, K = lax.all_gather(jnp.concatenate([M, C], axis=-1), axis), M.shape[-1]
     d_state = jnp.zeros_like(C)
     for s in reversed(range(1, maps.shape[0])):
         M, C = maps[s, ..., :K], maps[s, ..., K:]
-        before = _where(rows.inside[s], _product(jnp.swapaxes(M, -1, -2), d_state) + C, C)
+        before = _where(rows.inside[s], _product(M, d_state, transposed=True) + C, C)
         before = _where(rows.continues[s], before, 0)
         d_state = jnp.where(s > rows.shard, before, d_state)
     return d_state
 
 
-def _product(a, b):
-    return jnp.einsum("bhij,bhjv->bhiv", a, b, precision=lax.Precision.HIGHEST)
+def _states(M, B, state):
+    """The states [B, P + 1, HV, K, V] ahead of all P pieces of a shard and behind the last, from
+    that ahead of the first."""
+    states = [state]
+    for p in range(M.shape[1]):
+        states.append(_product(M[:, p], states[-1]) + B[:, p])
+    return jnp.stack(states, axis=1)
 
 
-def _run(problem, named, states, mask=None):
-    """(o, final states) of the op on the tokens of a shard that `mask` leaves, or on all."""
-    problem, operands = _local(problem, named, states, mask)
-    return _primitives.forward(problem, *operands)
+def _states_back(M, C, d_state):
+    """The gradients of these states, from that of the last."""
+    d_states = [d_state]
+    for p in reversed(range(M.shape[1])):
+        d_states.append(_product(M[:, p], d_states[-1], transposed=True) + C[:, p])
+    return jnp.stack(d_states[::-1], axis=1)
 
 
-def _pull_back(problem, named, d_o, states, d_states, mask):
-    """The gradients of `_run` by name, and those of its states."""
-    problem, operands = _local(problem, named, states, mask)
-    gradients = _primitives.backward(problem, *operands, d_o, d_states)
-    gradients = dict(zip(problem.differentiable_names, gradients, strict=True))
-    d_states = gradients.pop("initial_state")
+def _total(M):
+    """M of all pieces of a shard together."""
+    return functools.reduce(
+        lambda total, p: _product(M[:, p], total), range(1, M.shape[1]), M[:, 0]
+    )
+
+
+def _product(M, state, transposed=False):
+    rule = "bhji,bhjv->bhiv" if transposed else "bhij,bhjv->bhiv"
+    return jnp.einsum(rule, M, state, precision=lax.Precision.HIGHEST)
+
+
+# ------------------------------------------------------------------------- the op on the own shard
+
+# Pieces fill the 132 multiprocessors of an H200, and are long enough for what each costs besides.
+_CHAINS, _LEAST_PIECE = 132, 8 * CHUNK
+
+
+def _pieces(problem, named):
+    """How many rows to make of each: all equal, of whole chunks. By the shape, whatever runs it."""
+    B, T, HV, _ = named["v"].shape
+    most = 1 if problem.has_segment_ids else _CHAINS // max(B * HV, 1)
+    fits = lambda p: T % (p * CHUNK) == 0 and T >= p * _LEAST_PIECE
+    return next((p for p in range(most, 1, -1) if fits(p)), 1)
+
+
+def _maps(problem, named, pieces, mask):
+    """M [B, P, HV, K, K] and B [B, P, HV, K, V] of the segment that `mask` leaves of each piece
+    (None: of all of it). Anything where it leaves none."""
+    problem = _local(problem, 1, return_final_state=False, has_initial_state=False)
+    operands = _cut(problem.signature("state_maps")[0], named, pieces, mask)
+    maps = _primitives.state_maps(problem, *operands)
+    return tuple(x.reshape(-1, pieces, *x.shape[1:]) for x in maps)
+
+
+def _run(problem, named, pieces, states):
+    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]."""
+    problem = _local(problem, states.shape[1] // pieces)
+    operands = _cut(problem.operand_names, named | {"initial_state": states}, pieces)
+    o, ends = _primitives.forward(problem, *operands)
+    return o.reshape(named["v"].shape), ends.reshape(states.shape)
+
+
+def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None):
+    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves."""
+    problem = _local(problem, states.shape[1] // pieces)
+    given = named | {"initial_state": states, "o": d_o, "final_state": d_ends}
+    operands = _cut(problem.signature("backward")[0], given, pieces, mask)
+    gradients = dict(
+        zip(problem.differentiable_names, _primitives.backward(problem, *operands), strict=True)
+    )
+    d_states = gradients.pop("initial_state").reshape(states.shape)
+    for name, x in gradients.items():
+        if name in ("A_log", "dt_bias"):
+            gradients[name] = x.reshape(-1, pieces, *x.shape[1:]).sum(axis=1)
+        else:
+            gradients[name] = x.reshape(named[name].shape)
     return gradients, d_states
 
 
-def _local(problem, named, states, mask):
-    """The problem of one shard from given states, and its operands."""
-    problem = dataclasses.replace(
-        problem,
-        context_axis=None,
-        residual_name=None,
-        max_segments=states.shape[1],
-        return_final_state=True,
-        has_initial_state=True,
+def _state_gradients(problem, named, pieces, d_o, mask=None):
+    """C [B, P, HV, K, V]: the gradients of the states that pieces start from, none from behind;
+    for the tokens that `mask` leaves."""
+    zeros = _no_states(named, pieces)
+    problem = _local(problem, 1)
+    given = named | {"initial_state": zeros, "o": d_o, "final_state": zeros}
+    operands = _cut(problem.signature("state_gradient")[0], given, pieces, mask)
+    (C,) = _primitives.state_gradient(problem, *operands)
+    return C.reshape(zeros.shape)
+
+
+def _local(problem, max_segments, **changes):
+    """The problem of the shard alone."""
+    changes = dict(return_final_state=True, has_initial_state=True) | changes
+    return dataclasses.replace(
+        problem, context_axis=None, residual_name=None, max_segments=max_segments, **changes
     )
-    named = named | {"initial_state": states}
+
+
+def _cut(names, named, pieces, mask=None):
+    """Operands in the order of `names`, each row cut into pieces, and all but `mask` padding."""
     if mask is not None:  # negative ids are padding whatever else is
-        named["segment_ids"] = jnp.where(mask, named["segment_ids"], -1)
-    return problem, [named[name] for name in problem.operand_names]
+        named = named | {"segment_ids": jnp.where(mask, named["segment_ids"], -1)}
+
+    def cut(name, x):
+        if name in ("A_log", "dt_bias"):
+            return jnp.repeat(x, pieces, axis=0)
+        return x.reshape(-1, x.shape[1] // pieces, *x.shape[2:])
+
+    return [named[name] if pieces == 1 else cut(name, named[name]) for name in names]

@@ -32,14 +32,28 @@ from . import _chunked, _extension, _recurrent, _support
 from ._problem import Problem, StepProblem
 
 # The FFI targets of the CUDA kernels. The backward recomputes from the raw inputs.
-_FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in ("forward", "backward", "step")}
+_STAGES = ("forward", "backward", "step", "state_maps", "state_gradient")
+_FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in _STAGES}
 
 # `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
 DISABLE_JAX_EXPORT_CHECKS = tuple(
     jax.export.DisabledSafetyCheck.custom_call(target) for target in _FFI_TARGETS.values()
 )
 
-_XLA = {"forward": _chunked.forward, "backward": _chunked.backward, "step": _recurrent.step}
+_XLA = {
+    "forward": _chunked.forward,
+    "backward": _chunked.backward,
+    "step": _recurrent.step,
+    "state_maps": _chunked.state_maps,
+    "state_gradient": _chunked.state_gradient,
+}
+# Whose workspace a stage needs.
+_WORKSPACES = {
+    "forward": "forward",
+    "backward": "backward",
+    "state_maps": "forward",
+    "state_gradient": "backward",
+}
 
 
 def forward(problem: Problem, *operands):
@@ -50,6 +64,18 @@ def forward(problem: Problem, *operands):
 def backward(problem: Problem, *operands_and_cotangents):
     """The gradients of `problem.differentiable_names`."""
     return _stage("backward", problem)(*operands_and_cotangents)
+
+
+def state_maps(problem: Problem, *operands):
+    """(M, B) of the first segment of each row, from the operands of `forward` without states: it
+    takes an initial state S to the final state M S + B. Undefined for a row without a segment.
+    """
+    return _stage("state_maps", problem)(*operands)
+
+
+def state_gradient(problem: Problem, *operands_and_cotangents):
+    """(d_initial_state,): of `backward` no more than this."""
+    return _stage("state_gradient", problem)(*operands_and_cotangents)
 
 
 def step(problem: StepProblem, *operands):
@@ -346,11 +372,13 @@ def _abstract(stage, *operands, problem):
     # Results are updated operands, never fresh types: these keep the manual axes of shard_map.
     named = problem.named(operands)
     _, result_names = problem.signature(stage)
-    if stage == "backward":
+    if stage in ("backward", "state_gradient"):
         return [named[name].update(weak_type=False) for name in result_names]
     sizes, v = problem.sizes(operands), named["v"]
+    sizes["J"] = sizes["K"]
     state_dtype = np.promote_types(v.dtype, np.float32)
-    dtypes = {"o": v.dtype, "final_state": state_dtype, "chunk_states": state_dtype}
+    dtypes = dict.fromkeys(("final_state", "chunk_states", "factor", "offset"), state_dtype)
+    dtypes["o"] = v.dtype
     if stage == "step":
         dtypes["state"] = dtypes["token_states"] = named["state"].dtype
     return [
@@ -388,7 +416,7 @@ def _lower_cuda(stage, ctx, *operands, problem):
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
     workspace_bytes = _extension.workspace_bytes(
-        stage, **sizes, has_segment_ids=problem.has_segment_ids
+        _WORKSPACES[stage], **sizes, has_segment_ids=problem.has_segment_ids
     )
     # Scratch memory is a result that nobody sees: a handler that allocated could not be captured
     # in a command buffer.

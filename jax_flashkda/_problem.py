@@ -31,6 +31,8 @@ AXES = {
     "o": ("B", "T", "HV", "V"),
     "final_state": ("B", "N", "HV", "K", "V"),
     "chunk_states": ("B", "M", "HV", "K", "V"),  # M = T // 64
+    "factor": ("B", "HV", "K", "J"),  # J = K: a segment takes its state S to factor S + offset
+    "offset": ("B", "HV", "K", "V"),
 }
 
 
@@ -77,11 +79,14 @@ class Problem:
         final_state = ("final_state",) if self.return_final_state else ()
         return ("o", *final_state, *(("chunk_states",) if self.return_chunk_states else ()))
 
-    def signature(self, stage: Literal["forward", "backward"]):
+    def signature(self, stage: Literal["forward", "backward", "state_maps", "state_gradient"]):
         """(operand names, result names) of a stage; a cotangent goes by the name of its primal."""
         if stage == "forward":
             return self.operand_names, self.result_names
-        return self.operand_names + self.result_names, self.differentiable_names
+        if stage == "state_maps":
+            return self.operand_names, ("factor", "offset")
+        gradients = ("initial_state",) if stage == "state_gradient" else self.differentiable_names
+        return self.operand_names + self.result_names, gradients
 
     def named(self, operands) -> dict[str, object]:
         """The forward operands by name; cotangents after them are ignored."""

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from oracle import CAP_FP32, GRADIENTS, check
 from test_transforms import count
 
-from jax_flashkda import kimi_delta_attention, short_conv
+from jax_flashkda import _context, kimi_delta_attention, short_conv
+from jax_flashkda._problem import Problem
 
 SHARDS, SHARD = 4, 70  # more than a chunk, and no multiple of one
 T = SHARDS * SHARD
@@ -239,15 +240,19 @@ def test_nothing_leaves_a_segment(n):
 
 
 def test_gradient_of_shard_map_without_vma():
-    arrays, results, _ = all_specs(WHOLE)
+    """And shards so long that the op cuts them into pieces."""
+    case = dataclasses.replace(WHOLE, T=2048, B=1, K=8, V=4)
+    arrays, results, _ = all_specs(case)
+    shard = {name: x[:, :1024] for name, x in case.arrays().items() if name in ("k", "v")}
+    assert _context._pieces(Problem(), shard) == 2
     wrap = functools.partial(
         jax.shard_map,
-        mesh=mesh_of(AUTO, AUTO),
+        mesh=mesh_of(AUTO, shape=(2,)),
         in_specs=(arrays,),
         out_specs=results,
         check_vma=False,
     )
-    assert_same(WHOLE, jit(with_gradients(WHOLE, wrap=wrap))(WHOLE.arrays(), WHOLE.cotangents()))
+    assert_same(case, jit(with_gradients(case, wrap=wrap))(case.arrays(), case.cotangents()))
 
 
 def test_explicit_mesh():
@@ -351,7 +356,7 @@ def test_no_tokens_and_one_shard(shards, tokens):
 
 
 def test_named_residuals():
-    """Saved by name, nothing of the forward is computed again; else the two passes of the maps."""
+    """Saved by name, nothing of the forward is computed again; else the maps are."""
     arrays, cotangents, results = all_specs(PACKED)
 
     def calls(policy):
@@ -363,12 +368,13 @@ def test_named_residuals():
             out_specs=results,
         )
         jaxpr = jax.make_jaxpr(mapped)(PACKED.arrays(), PACKED.cotangents()).jaxpr
-        return count(jaxpr, "kda_forward"), count(jaxpr, "kda_backward")
+        stages = ("forward", "state_maps", "backward", "state_gradient")
+        return [count(jaxpr, f"kda_{stage}") for stage in stages]
 
     policies = jax.checkpoint_policies
-    forward, backward = calls(None)
-    assert calls(policies.save_only_these_names("kda")) == (forward, backward)
-    assert calls(policies.nothing_saveable) == (forward + 2, backward)
+    assert calls(None) == [1, 1, 2, 1]
+    assert calls(policies.save_only_these_names("kda")) == [1, 1, 2, 1]
+    assert calls(policies.nothing_saveable) == [1, 2, 2, 1]
 
 
 # ----------------------------------------------------------------------------- refusals

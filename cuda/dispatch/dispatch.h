@@ -41,8 +41,11 @@ const char* name(DType dtype);  // "f32", "bf16", "f16"
 Status check_forward(const ForwardParams& params);
 Status check_backward(const BackwardParams& params);
 Status check_step(const StepParams& params);
+Status check_state_maps(const StateMapsParams& params);
+Status check_state_gradient(const BackwardParams& params);  // d_initial_state alone is written
 
-// Bytes of ForwardParams::workspace for either; zero for shapes that the checks refuse.
+// Bytes of ForwardParams::workspace for either, zero for shapes that the checks refuse; state_maps
+// needs that of the forward, state_gradient that of the backward.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
 int64_t backward_workspace_bytes(const ForwardShape& shape);
 
@@ -55,5 +58,7 @@ Status initialize(int device);
 Status forward(const ForwardParams& params, CUstream_st* stream);
 Status backward(const BackwardParams& params, CUstream_st* stream);
 Status step(const StepParams& params, CUstream_st* stream);
+Status state_maps(const StateMapsParams& params, CUstream_st* stream);
+Status state_gradient(const BackwardParams& params, CUstream_st* stream);
 
 }  // namespace jax_flashkda

@@ -10,6 +10,10 @@
 //           results   o [final_state] workspace            ([..]: told present by an attribute)
 // backward: operands  those of the forward, d_o [d_final_state]
 //           results   dq dk dv dg d_beta [dA_log] [d_dt_bias] [d_initial_state] workspace
+// state_maps:     operands  those of the forward but initial_state
+//                 results   factor offset workspace
+// state_gradient: operands  those of the backward, initial_state among them
+//                 results   d_initial_state workspace
 // step:     operands  q k v g beta [A_log] [dt_bias] state [state_indices]
 //           results   o state [token_states]               (the state's memory is the operand's)
 
@@ -40,6 +44,8 @@ namespace ffi = xla::ffi;
 constexpr char kForward[] = "jax_flashkda.forward";
 constexpr char kBackward[] = "jax_flashkda.backward";
 constexpr char kStep[] = "jax_flashkda.step";
+constexpr char kStateMaps[] = "jax_flashkda.state_maps";
+constexpr char kStateGradient[] = "jax_flashkda.state_gradient";
 
 // A call whose operands, results or attributes are not what the target takes.
 struct InvalidCall : std::runtime_error {
@@ -344,6 +350,26 @@ ForwardParams read_forward(Call call) {
   return params;
 }
 
+StateMapsParams read_state_maps(Call call) {
+  StateMapsParams params{};
+  ForwardParams& forward = params.forward;
+  if (read_inputs(call, forward).initial_state) refuse("initial_state is not an operand of it");
+  if (call.attributes.get<bool>("return_final_state")) refuse("final_state is not a result of it");
+  const ForwardShape& s = forward.shape;
+  const auto next = [&](const char* name, const char* meaning, int64_t columns) {
+    const Operand map = call.results.next(name);
+    map.expect_dtype(ffi::F32);
+    map.expect_shape(meaning, {s.B, s.HV, s.K, columns});
+    return map.data<float>();
+  };
+  params.factor = next("factor", "[B, HV, K, K]", s.K);
+  params.offset = next("offset", "[B, HV, K, V]", s.V);
+  const Operand workspace = read_workspace(call, forward);
+  call.expect_end();
+  check_call(check_state_maps(params), workspace, forward_workspace_bytes(s));
+  return params;
+}
+
 // A gradient has shape and dtype of its operand.
 void read_gradients(ResultReader& results, const Present& present, BackwardParams& params) {
   const ForwardParams& p = params.forward;
@@ -367,13 +393,30 @@ void read_gradients(ResultReader& results, const Present& present, BackwardParam
     read_state(results.next("d_initial_state"), s, params.d_initial_state);
 }
 
+void read_cotangents(Call& call, BackwardParams& params) {
+  const ForwardParams& forward = params.forward;
+  read_output(call.operands.next("d_o"), "d_o", forward, params.d_o);
+  if (call.attributes.get<bool>("return_final_state"))
+    read_state(call.operands.next("d_final_state"), forward.shape, params.d_final_state);
+}
+
+BackwardParams read_state_gradient(Call call) {
+  BackwardParams params{};
+  ForwardParams& forward = params.forward;
+  if (!read_inputs(call, forward).initial_state) refuse("initial_state is missing");
+  read_cotangents(call, params);
+  read_state(call.results.next("d_initial_state"), forward.shape, params.d_initial_state);
+  const Operand workspace = read_workspace(call, forward);
+  call.expect_end();
+  check_call(check_state_gradient(params), workspace, backward_workspace_bytes(forward.shape));
+  return params;
+}
+
 BackwardParams read_backward(Call call) {
   BackwardParams params{};
   ForwardParams& forward = params.forward;
   const Present present = read_inputs(call, forward);
-  read_output(call.operands.next("d_o"), "d_o", forward, params.d_o);
-  if (call.attributes.get<bool>("return_final_state"))
-    read_state(call.operands.next("d_final_state"), forward.shape, params.d_final_state);
+  read_cotangents(call, params);
   read_gradients(call.results, present, params);
   const Operand workspace = read_workspace(call, forward);
   call.expect_end();
@@ -525,6 +568,36 @@ ffi::Error execute_step(CUstream_st* stream, ffi::RemainingArgs args, ffi::Remai
   });
 }
 
+ffi::Error execute_state_maps(CUstream_st* stream, ffi::RemainingArgs args,
+                              ffi::RemainingRets rets, ffi::Dictionary attributes) {
+  return guarded(kStateMaps, [&] {
+    return to_error(state_maps(read_state_maps({args, rets, attributes}), stream));
+  });
+}
+
+ffi::Error execute_state_gradient(CUstream_st* stream, ffi::RemainingArgs args,
+                                  ffi::RemainingRets rets, ffi::Dictionary attributes) {
+  return guarded(kStateGradient, [&] {
+    return to_error(state_gradient(read_state_gradient({args, rets, attributes}), stream));
+  });
+}
+
+ffi::Error only_check_state_maps(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                 ffi::Dictionary attributes) {
+  return guarded(kStateMaps, [&] {
+    read_state_maps({args, rets, attributes});
+    return ffi::Error::Success();
+  });
+}
+
+ffi::Error only_check_state_gradient(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                     ffi::Dictionary attributes) {
+  return guarded(kStateGradient, [&] {
+    read_state_gradient({args, rets, attributes});
+    return ffi::Error::Success();
+  });
+}
+
 ffi::Error only_check_forward(ffi::RemainingArgs args, ffi::RemainingRets rets,
                               ffi::Dictionary attributes) {
   return guarded(kForward, [&] {
@@ -582,6 +655,28 @@ XLA_FFI_DEFINE_HANDLER(kStepHandler, execute_step,
                            .Attrs(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kStateMapsHandler, execute_state_maps,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kStateGradientHandler, execute_state_gradient,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(kStateMapsCheckingHandler, only_check_state_maps,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
+XLA_FFI_DEFINE_HANDLER(kStateGradientCheckingHandler, only_check_state_gradient,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
 XLA_FFI_DEFINE_HANDLER(kStepCheckingHandler, only_check_step,
                        ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
 
@@ -599,6 +694,10 @@ std::vector<Handler> handlers() {
       {kForward, "execute", reinterpret_cast<void*>(kForwardHandler)},
       {kBackward, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
       {kBackward, "execute", reinterpret_cast<void*>(kBackwardHandler)},
+      {kStateMaps, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
+      {kStateMaps, "execute", reinterpret_cast<void*>(kStateMapsHandler)},
+      {kStateGradient, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
+      {kStateGradient, "execute", reinterpret_cast<void*>(kStateGradientHandler)},
       {kStep, "initialize", reinterpret_cast<void*>(kInitializeHandler)},
       {kStep, "execute", reinterpret_cast<void*>(kStepHandler)},
   };
@@ -608,6 +707,8 @@ std::vector<Handler> checking_handlers() {
   return {
       {kForward, "execute", reinterpret_cast<void*>(kForwardCheckingHandler)},
       {kBackward, "execute", reinterpret_cast<void*>(kBackwardCheckingHandler)},
+      {kStateMaps, "execute", reinterpret_cast<void*>(kStateMapsCheckingHandler)},
+      {kStateGradient, "execute", reinterpret_cast<void*>(kStateGradientCheckingHandler)},
       {kStep, "execute", reinterpret_cast<void*>(kStepCheckingHandler)},
   };
 }

@@ -255,21 +255,27 @@ def test_gradient_of_shard_map_without_vma():
     assert_same(case, jit(with_gradients(case, wrap=wrap))(case.arrays(), case.cotangents()))
 
 
+def forward_of(case, **options):
+    """A function of the case's arrays: o and final_state."""
+    given = {name: x for name, x in case.options.items() if x is not None} | options
+    return lambda arrays: kimi_delta_attention(**arrays, **given)
+
+
 def test_explicit_mesh():
     """Heads on another axis; rows that are one segment each."""
     mesh = mesh_of(EXPLICIT, EXPLICIT)
-    arguments = placed(WHOLE, mesh, heads="x")
+    arrays, _ = placed(WHOLE, mesh, heads="x")
     with jax.set_mesh(mesh):
-        compiled = jit(with_gradients(WHOLE)).lower(*arguments).compile()
-    got = compiled(*arguments)
-    assert_same(WHOLE, got)
-    for name, s in all_specs(WHOLE, heads="x")[2].items():
-        assert got[name].sharding.is_equivalent_to(NamedSharding(mesh, s), got[name].ndim), name
-    # The states of the heads of one device, and no tokens.
-    gathered = (SHARDS, WHOLE.B, WHOLE.HV // 2, WHOLE.K, WHOLE.K + WHOLE.V)
-    found = communicated(compiled)
-    assert {shape for kind, shape in found if kind == "all-gather"} == {gathered}
-    assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
+        compiled = jit(forward_of(WHOLE, context_axis="t")).lower(arrays).compile()
+    wanted = run(WHOLE, "xla", gradients=False, quickly=True)
+    where = all_specs(WHOLE, heads="x")[2]
+    for name, x in zip(("o", "final_state"), compiled(arrays), strict=True):
+        assert_close(x, wanted[name], name)
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, where[name]), x.ndim), name
+    # The maps of the heads of one device, and the final state.
+    B, (H, K, V) = WHOLE.B, (WHOLE.HV // 2, WHOLE.K, WHOLE.V)
+    maps, states = (SHARDS, B, H, K, K + V), (B, 1, H, K, V)
+    assert communicated(compiled) == {("all-gather", maps): 1, ("all-reduce", states): 1}
 
 
 def test_explicit_mesh_that_only_the_arrays_know():
@@ -300,22 +306,16 @@ def test_inside_a_partly_manual_shard_map(types):
 
 
 def test_auto_mesh_by_name():
-    """Wherever T was, the op brings it to the axis; unnamed, nothing of T is split."""
     mesh = mesh_of(AUTO, AUTO)
-    options = {name: x for name, x in PACKED.options.items() if x is not None}
-    attend = lambda axis: jit(
-        lambda arrays: kimi_delta_attention(**arrays, **options, context_axis=axis)
-    )
+    arrays, _ = placed(PACKED, mesh, batch="x")
     with jax.set_mesh(mesh):
-        compiled = attend("t").lower(placed(PACKED, mesh, batch="x")[0]).compile()
-        o, final_state = compiled(placed(PACKED, mesh, batch="x")[0])
-        gathered = attend(None).lower(placed(PACKED, mesh)[0]).compile()
+        compiled = jit(forward_of(PACKED, context_axis="t")).lower(arrays).compile()
     wanted = run(PACKED, "xla", quickly=True)
+    o, final_state = compiled(arrays)
     assert_close(o, wanted["o"], "o")
     assert_close(final_state, wanted["final_state"], "final_state")
     assert o.sharding.is_equivalent_to(NamedSharding(mesh, P("x", "t")), o.ndim)
     assert not [shape for _, shape in communicated(compiled) if T in shape or SHARD in shape]
-    assert [shape for kind, shape in communicated(gathered) if kind == "all-gather" and T in shape]
 
 
 def test_vmap():
@@ -343,23 +343,30 @@ def test_vmap():
         assert_close(x, y, "vmap")
 
 
-@pytest.mark.parametrize("shards, tokens", [(4, 0), (1, 12)])
-def test_no_tokens_and_one_shard(shards, tokens):
-    ids = ((1,) * 5 + (2,) * 7,)[:tokens] if tokens else ((),)
-    case = Case(T=tokens, B=1, H=1, HV=1, K=4, V=3, initial_state=True, final_state=True,
-                segment_ids=ids, max_segments=3)  # fmt: skip
-    mesh = mesh_of(AUTO, shape=(shards,))
-    got = jit(shard_mapped(case, mesh))(case.arrays(), case.cotangents())
-    wanted = run(case, "xla", quickly=True)
-    for name, x in wanted.items():
-        np.testing.assert_allclose(got[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+def test_no_tokens():
+    case = dataclasses.replace(PACKED, T=0, segment_ids=((),) * 4)
+    arrays, (d_o, d_final) = case.arrays(), case.cotangents()
+    got = jit(shard_mapped(case, mesh_of(AUTO, shape=(4,))))(arrays, (d_o, d_final))
+    np.testing.assert_array_equal(got["final_state"], arrays["initial_state"])
+    np.testing.assert_array_equal(got["d_initial_state"], d_final)
+    assert got["o"].shape == d_o.shape and not np.any(got["dA_log"])
+
+
+def calls(mapped, case):
+    jaxpr = jax.make_jaxpr(mapped)(case.arrays(), case.cotangents()).jaxpr
+    stages = ("forward", "state_maps", "backward", "state_gradient")
+    return [count(jaxpr, f"kda_{stage}") for stage in stages]
+
+
+def test_one_shard_is_the_plain_op():
+    assert calls(shard_mapped(PACKED, mesh_of(AUTO, shape=(1,))), PACKED) == [1, 0, 1, 0]
 
 
 def test_named_residuals():
     """Saved by name, nothing of the forward is computed again; else the maps are."""
     arrays, cotangents, results = all_specs(PACKED)
 
-    def calls(policy):
+    def calls_with(policy):
         wrap = lambda attend: jax.checkpoint(attend, policy=policy) if policy else attend
         mapped = jax.shard_map(
             with_gradients(PACKED, wrap=wrap, residual_name="kda"),
@@ -367,14 +374,12 @@ def test_named_residuals():
             in_specs=(arrays, cotangents),
             out_specs=results,
         )
-        jaxpr = jax.make_jaxpr(mapped)(PACKED.arrays(), PACKED.cotangents()).jaxpr
-        stages = ("forward", "state_maps", "backward", "state_gradient")
-        return [count(jaxpr, f"kda_{stage}") for stage in stages]
+        return calls(mapped, PACKED)
 
     policies = jax.checkpoint_policies
-    assert calls(None) == [1, 1, 2, 1]
-    assert calls(policies.save_only_these_names("kda")) == [1, 1, 2, 1]
-    assert calls(policies.nothing_saveable) == [1, 2, 2, 1]
+    assert calls_with(None) == [1, 1, 2, 1]
+    assert calls_with(policies.save_only_these_names("kda")) == [1, 1, 2, 1]
+    assert calls_with(policies.nothing_saveable) == [1, 2, 2, 1]
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -418,8 +423,9 @@ def test_refusals():
 # ------------------------------------------------------------------------ convolution and layer
 
 
-@pytest.mark.parametrize("shard, width", [(SHARD, 4), (2, 6), (1, 3), (3, 1)])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "shard, width, packed", [(SHARD, 4, True), (2, 6, True), (1, 3, False), (3, 1, True)]
+)
 def test_short_conv(shard, width, packed):
     """Shards shorter than the window see more than their neighbour."""
     tokens, rng = SHARDS * shard, np.random.default_rng(shard)

@@ -13,10 +13,10 @@ from call import for_implementation, run
 from cases import Case, layout, runs
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import CAP_FP32, GRADIENTS, check
+from oracle import CAP_FP32, CAPS_16_BIT, GRADIENTS, check
 from test_transforms import count
 
-from jax_flashkda import _context, kimi_delta_attention, short_conv
+from jax_flashkda import _context, _primitives, kimi_delta_attention, short_conv
 from jax_flashkda._problem import Problem
 
 SHARDS, SHARD = 4, 70  # more than a chunk, and no multiple of one
@@ -490,6 +490,51 @@ def test_layer():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_stages_of_a_shard_on_the_kernels(packed):
+    """The maps are those of the XLA path, the state's gradient is bitwise that of the backward."""
+    case = for_implementation(PACKED if packed else WHOLE, "cuda")
+    arrays, (d_o, d_final) = case.arrays(), case.cotangents()
+    for name in {"A_log", "dt_bias"} & arrays.keys():
+        arrays[name] = jnp.broadcast_to(arrays[name], (case.B, *arrays[name].shape))
+    states = {"initial_state": arrays.pop("initial_state"), "final_state": d_final}
+    if not packed:
+        states = {name: x[:, None] for name, x in states.items()}
+    problem = Problem(
+        gate=case.gate,
+        beta_is_logits=case.beta_is_logits,
+        qk_l2norm=case.qk_l2norm,
+        scale=case.K**-0.5,
+        **{f"has_{name}": name in arrays for name in ("A_log", "dt_bias", "segment_ids")},
+    )
+
+    def maps(implementation):
+        stage = functools.partial(
+            _primitives.state_maps, dataclasses.replace(problem, implementation=implementation)
+        )
+        return jax.jit(stage)(*(arrays[name] for name in problem.operand_names))
+
+    for got, wanted in zip(maps("cuda"), maps("xla"), strict=True):
+        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+        error = np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
+        assert error <= CAPS_16_BIT["final_state"], error
+
+    full = dataclasses.replace(
+        problem,
+        max_segments=case.N,
+        return_final_state=True,
+        has_initial_state=True,
+        implementation="cuda",
+    )
+    given = arrays | states | {"o": d_o}
+    operands = [given[name] for name in full.signature("backward")[0]]
+    (d_state,) = jax.jit(functools.partial(_primitives.state_gradient, full))(*operands)
+    gradients = jax.jit(functools.partial(_primitives.backward, full))(*operands)
+    named = dict(zip(full.differentiable_names, gradients, strict=True))
+    np.testing.assert_array_equal(np.asarray(d_state), np.asarray(named["initial_state"]))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", [PACKED, WHOLE], ids=["packed", "whole"])
 def test_kernels_on_several_gpus(case):
     """The kernels on every shard, as accurate as the op promises to be on one device."""
@@ -502,7 +547,8 @@ def test_kernels_on_several_gpus(case):
         .compile()
     )
     text = compiled.as_text()
-    assert "jax_flashkda.forward" in text and "jax_flashkda.backward" in text
+    stages = ("forward", "backward", "state_maps", "state_gradient")
+    assert all(f"jax_flashkda.{stage}" in text for stage in stages)
     got = compiled(case.arrays(), case.cotangents())
     check(case, got)
     again = compiled(case.arrays(), case.cotangents())

@@ -275,6 +275,13 @@ class KimiDeltaAttention(nnx.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be [B, T, hidden_size={self.hidden_size}], got {x.shape}")
+        mesh = jax.sharding.get_abstract_mesh()
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if types.get(self.context_axis) == jax.sharding.AxisType.Manual:
+            raise ValueError(
+                f"prefill takes whole rows; inside of shard_map over {self.context_axis!r}, the "
+                "layer's context_axis, x is a shard: call prefill outside of it"
+            )
         if (segment_ids is None) != (max_segments is None):
             raise ValueError("max_segments is needed with segment_ids, and refused without")
         segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)

@@ -450,6 +450,24 @@ def test_short_conv(shard, width, packed):
         assert_close(got, y, "short_conv")
 
 
+def test_layer_prefills_whole_rows():
+    nnx = pytest.importorskip("flax.nnx", reason="the layer needs flax")
+    from jax_flashkda import KimiDeltaAttention
+
+    layer = KimiDeltaAttention(8, 1, 4, context_axis="t", rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 8, 8))
+    y, _ = jax.eval_shape(layer.prefill, x)
+    assert y.shape == x.shape
+    mapped = jax.shard_map(
+        lambda x: layer.prefill(x)[0],
+        mesh=mesh_of(AUTO, AUTO),
+        in_specs=P(None, "t"),
+        out_specs=P(None, "t"),
+    )
+    with pytest.raises(ValueError, match="prefill takes whole rows; inside of shard_map over 't'"):
+        jax.eval_shape(mapped, x)
+
+
 def test_layer():
     """Output and the gradients of input and all parameters, on an Explicit mesh."""
     nnx = pytest.importorskip("flax.nnx", reason="the layer needs flax")

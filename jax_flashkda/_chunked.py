@@ -10,6 +10,7 @@ Arithmetic is fp32 (fp64 for float64 inputs). For 16-bit inputs the products may
 units, whose operands keep more digits than the inputs have; for float32 inputs they are exact fp32.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -123,6 +124,32 @@ def backward(problem: Problem, *operands):
         (zeros(call.tokens), zeros(call.parameters), d_states, call.zero_state),
     )
     return call.gradients(d_tokens, d_parameters, d_states)
+
+
+def state_maps(problem: Problem, *operands):
+    """M and B of the first segment of each row, which takes its state S to M S + B: what the state
+    is behind it, from the identity without values, and from zero.
+    """
+    named = problem.named(operands)
+    v, K = named["v"], named["k"].shape[-1]
+    B, T, HV, V = v.shape
+    columns = jnp.zeros((B, T, HV, K), v.dtype)
+    identity = jnp.eye(K, K + V, dtype=_compute_dtype(v.dtype))
+    named = named | {
+        "v": jnp.concatenate([columns, v], axis=-1),
+        "initial_state": jnp.broadcast_to(identity, (B, 1, HV, K, K + V)),
+    }
+    problem = dataclasses.replace(
+        problem, max_segments=1, has_initial_state=True, return_final_state=True
+    )
+    _, behind = forward(problem, *(named[name] for name in problem.operand_names))
+    return behind[:, 0, ..., :K], behind[:, 0, ..., K:]
+
+
+def state_gradient(problem: Problem, *operands):
+    """Of `backward` the gradient of initial_state alone; XLA drops the rest."""
+    gradients = dict(zip(problem.differentiable_names, backward(problem, *operands), strict=True))
+    return (gradients["initial_state"],)
 
 
 class _Call:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from . import _primitives, _support, _vjp
+from . import _context, _primitives, _support, _vjp
 from ._problem import Problem
 from ._validation import (
     Errors,
@@ -40,6 +40,7 @@ def kimi_delta_attention(
     max_segments: int | None = None,
     return_final_state: bool = False,
     return_chunk_states: bool = False,
+    context_axis: str | None = None,
     residual_name: str | None = None,
     implementation: Literal["cuda", "xla"] | None = None,
 ):
@@ -126,6 +127,7 @@ def kimi_delta_attention(
         max_segments=max_segments,
         return_final_state=return_final_state,
         return_chunk_states=return_chunk_states,
+        context_axis=context_axis,
         residual_name=residual_name,
         implementation=implementation,
     )
@@ -137,7 +139,8 @@ def kimi_delta_attention(
             named[name] = _primitives.over_rows(named[name], named["q"])
     if initial_state is not None and segment_ids is None:
         named["initial_state"] = named["initial_state"][:, None]
-    results = _vjp.attend(problem, *(named[name] for name in problem.operand_names))
+    attend = _vjp.attend if context_axis is None else _context.attend
+    results = attend(problem, *(named[name] for name in problem.operand_names))
     if len(results) == 1:
         return results[0]
     if return_final_state and segment_ids is None:
@@ -182,6 +185,7 @@ def _resolve(
     max_segments=None,
     return_final_state=False,
     return_chunk_states=False,
+    context_axis=None,
     residual_name=None,
     **options,
 ) -> tuple[Problem, dict[str, Any]]:
@@ -196,6 +200,15 @@ def _resolve(
     common = check_options(errors, k, A_log=A_log, dt_bias=dt_bias, **options)
     errors.check_flag("return_final_state", return_final_state)
     errors.check_flag("return_chunk_states", return_chunk_states)
+    if errors.check_type(
+        context_axis is None or isinstance(context_axis, str),
+        f"context_axis: got {context_axis!r}; the name of a mesh axis or None is accepted",
+    ):
+        errors.check(
+            context_axis is None or not return_chunk_states,
+            f"return_chunk_states: got True with context_axis={context_axis!r}, where a segment "
+            "does not begin in the shard that it is counted in; leave one of them out",
+        )
     errors.check_type(
         residual_name is None or isinstance(residual_name, str),
         f"residual_name: got {residual_name!r}; a string or None is accepted",
@@ -217,6 +230,7 @@ def _resolve(
         max_segments=N,
         return_final_state=bool(return_final_state),
         return_chunk_states=bool(return_chunk_states),
+        context_axis=context_axis,
         residual_name=residual_name,
         has_initial_state=initial_state is not None,
         has_segment_ids=segment_ids is not None,

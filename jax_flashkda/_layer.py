@@ -88,6 +88,8 @@ class KimiDeltaAttention(nnx.Module):
       initialiser.
     - `residual_name`: passed to `kimi_delta_attention`.
     - `implementation`: passed to it and to `short_conv`, and to their steps.
+    - `context_axis`: the mesh axis that T is split over when the layer is called; see
+      `kimi_delta_attention`. `prefill` and `step` take whole rows.
     - `rngs`: random streams; "params" is used.
 
     **Parameters** `q_proj k_proj v_proj o_proj`, `q_conv1d k_conv1d v_conv1d`, `f_a_proj f_b_proj`,
@@ -118,6 +120,7 @@ class KimiDeltaAttention(nnx.Module):
         kernel_init=_default_kernel_init,
         axis_names: tuple[str | None, str | None] | None = None,
         residual_name: str | None = None,
+        context_axis: str | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -141,6 +144,7 @@ class KimiDeltaAttention(nnx.Module):
         self.output_gate = output_gate
         self.allow_neg_eigval = allow_neg_eigval
         self.residual_name = residual_name
+        self.context_axis = context_axis
         self.implementation = implementation
 
         embed, heads = axis_names or (None, None)
@@ -220,15 +224,16 @@ class KimiDeltaAttention(nnx.Module):
         segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)
         x = _without_padding(x, segments)
         q, k, v = self._projections(x)
+        rows = dict(segments, context_axis=self.context_axis)
         o = kimi_delta_attention(
-            self.q_conv1d(q, **segments),
-            self.k_conv1d(k, **segments),
-            self.v_conv1d(v, **segments),
+            self.q_conv1d(q, **rows),
+            self.k_conv1d(k, **rows),
+            self.v_conv1d(v, **rows),
             self.f_b_proj(self.f_a_proj(x)),
             self.b_proj(x),
             residual_name=self.residual_name,
             **self._options(),
-            **segments,
+            **rows,
         )
         return self._output(x, o, out_sharding)
 
@@ -270,6 +275,13 @@ class KimiDeltaAttention(nnx.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must be [B, T, hidden_size={self.hidden_size}], got {x.shape}")
+        mesh = jax.sharding.get_abstract_mesh()
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if types.get(self.context_axis) == jax.sharding.AxisType.Manual:
+            raise ValueError(
+                f"prefill takes whole rows; inside of shard_map over {self.context_axis!r}, the "
+                "layer's context_axis, x is a shard: call prefill outside of it"
+            )
         if (segment_ids is None) != (max_segments is None):
             raise ValueError("max_segments is needed with segment_ids, and refused without")
         segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)

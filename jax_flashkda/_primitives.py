@@ -36,6 +36,8 @@ from ._problem import Problem, ShortConvProblem, ShortConvStepProblem, StepProbl
 _XLA = {
     "forward": _chunked.forward,
     "backward": _chunked.backward,
+    "state_maps": _chunked.state_maps,
+    "state_gradient": _chunked.state_gradient,
     "step": _recurrent.step,
     "short_conv": _short_conv_xla.forward,
     "short_conv_backward": _short_conv_xla.backward,
@@ -44,6 +46,14 @@ _XLA = {
 
 # The FFI targets of the CUDA kernels.
 _FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in _XLA}
+
+# Whose workspace a stage of the op needs.
+_WORKSPACES = {
+    "forward": "forward",
+    "backward": "backward",
+    "state_maps": "forward",
+    "state_gradient": "backward",
+}
 
 # `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
 DISABLE_JAX_EXPORT_CHECKS = tuple(
@@ -59,6 +69,18 @@ def forward(problem: Problem | ShortConvProblem, *operands):
 def backward(problem: Problem | ShortConvProblem, *operands_and_cotangents):
     """The gradients of `problem.differentiable_names`."""
     return _stage(problem.stages[1], problem)(*operands_and_cotangents)
+
+
+def state_maps(problem: Problem, *operands):
+    """(M, B) of the first segment of each row, from the operands of `forward` without states: it
+    takes an initial state S to the final state M S + B. Undefined for a row without a segment.
+    """
+    return _stage("state_maps", problem)(*operands)
+
+
+def state_gradient(problem: Problem, *operands_and_cotangents):
+    """(d_initial_state,): of `backward` no more than this."""
+    return _stage("state_gradient", problem)(*operands_and_cotangents)
 
 
 def step(problem: StepProblem | ShortConvStepProblem, *operands):
@@ -173,7 +195,7 @@ def _unfold(x, rows, axis_size):
 
 
 def _dispatch(stage, problem, *operands):
-    mesh = _mesh(operands)
+    mesh = mesh_of(operands)
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if AxisType.Explicit in types.values():
         return _shard_mapped(stage, problem, mesh, operands)
@@ -183,7 +205,8 @@ def _dispatch(stage, problem, *operands):
     return _partitioned(stage, problem, auto if types else None)(*operands)
 
 
-def _mesh(operands):
+def mesh_of(operands):
+    """The mesh that a call of these operands is traced for, empty where there is none."""
     # Without jax.set_mesh the mesh of an Explicit axis is known to the arrays alone.
     meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
     return next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())
@@ -193,14 +216,14 @@ def _bind(stage, problem, *operands):
     return tuple(_PRIMITIVES[stage].bind(*vary_alike(operands), problem=problem))
 
 
-def vary_alike(operands):
-    """The operands, all varying over the manual mesh axes that any of them varies over.
+def vary_alike(operands, *axes):
+    """The operands, all varying over the manual mesh axes that any of them varies over, and `axes`.
 
     The gradient rule calls this outside the custom_vjp: transposed, it is the sum over devices of
     the gradient of an operand that they share, in the place where shard_map wants it.
     """
     varying = [_varying_axes(operand) for operand in operands]
-    union = frozenset().union(*varying)
+    union = frozenset(axes).union(*varying)
     return tuple(
         jax.lax.pcast(operand, tuple(sorted(union - own)), to="varying") if union - own else operand
         for operand, own in zip(operands, varying, strict=True)
@@ -219,7 +242,7 @@ def _spec(problem, name, batch, heads):
     return P(*(axes.get(axis) or None for axis in problem.axes[name]))
 
 
-def _split(problem, operands, shardings):
+def split(problem, operands, shardings):
     """The mesh axes (batch, heads) to split operands over that arrive with these NamedShardings."""
     batch, heads = (), ()
     # Value heads first: they are what there is most of.
@@ -227,9 +250,9 @@ def _split(problem, operands, shardings):
     for name, sharding in sorted(arrived, key=lambda item: item[0] in ("q", "k")):
         for axis, entry in zip(problem.axes[name], sharding.spec, strict=False):
             if axis == "B":
-                batch = batch or _axes(entry)
+                batch = batch or axes_of(entry)
             elif axis in ("H", "HV"):
-                heads = heads or _axes(entry)
+                heads = heads or axes_of(entry)
     heads = tuple(axis for axis in heads if axis not in batch)
     H, mesh = problem.sizes(operands)["H"], shardings[0].mesh
     while H % math.prod(mesh.shape[axis] for axis in heads):
@@ -244,9 +267,9 @@ def over_rows(parameter, like):
     adds up one row per device; rows that `shard_alike` had to split would be gathered instead.
     """
     rows, own = jax.typeof(like).sharding, jax.typeof(parameter).sharding.spec
-    taken = {axis for entry in own for axis in _axes(entry)}
+    taken = {axis for entry in own for axis in axes_of(entry)}
     sharding = None
-    if rows.spec[0] is not None and taken.isdisjoint(_axes(rows.spec[0])):
+    if rows.spec[0] is not None and taken.isdisjoint(axes_of(rows.spec[0])):
         sharding = NamedSharding(rows.mesh, P(rows.spec[0], *own))
     return jax.lax.broadcast_in_dim(
         parameter,
@@ -256,7 +279,7 @@ def over_rows(parameter, like):
     )
 
 
-def _axes(entry):
+def axes_of(entry):
     """The mesh axes of an entry of a PartitionSpec: None, a name or a tuple of names."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
@@ -267,11 +290,11 @@ def shard_alike(problem, operands):
     The gradient rule calls this outside the custom_vjp, whose gradients must have exactly the
     shardings of its operands.
     """
-    mesh = _mesh(operands)
+    mesh = mesh_of(operands)
     if AxisType.Explicit not in mesh.axis_types:
         return operands
     names, _ = problem.signature(problem.stages[-1])
-    batch, heads = _split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
+    batch, heads = split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
     return tuple(
         jax.sharding.reshard(operand, NamedSharding(mesh, _spec(problem, name, batch, heads)))
         for name, operand in zip(names, operands, strict=False)
@@ -281,7 +304,7 @@ def shard_alike(problem, operands):
 def _shard_mapped(stage, problem, mesh, operands):
     operands = shard_alike(problem, operands)
     operand_names, result_names = problem.signature(stage)
-    batch, heads = _split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
+    batch, heads = split(problem, operands, [jax.typeof(operand).sharding for operand in operands])
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     mapped = jax.shard_map(
         functools.partial(_dispatch, stage, problem),
@@ -305,7 +328,7 @@ def _partitioned(stage, problem, devices):
             grid, batch, heads = _unnamed_split(problem, operands, devices)
         else:
             shardings = [operand.sharding for operand in operands]
-            grid, (batch, heads) = mesh, _split(problem, operands, shardings)
+            grid, (batch, heads) = mesh, split(problem, operands, shardings)
         placed = {
             name: NamedSharding(grid, _spec(problem, name, batch, heads))
             for name in operand_names + result_names
@@ -359,12 +382,14 @@ def _abstract(stage, *operands, problem):
     # Results are updated operands, never fresh types: these keep the manual axes of shard_map.
     named = problem.named(operands)
     _, result_names = problem.signature(stage)
-    if stage in ("backward", "short_conv_backward"):
+    if stage in ("backward", "state_gradient", "short_conv_backward"):
         return [named[name].update(weak_type=False) for name in result_names]
     sizes, data = problem.sizes(operands), named[problem.data]
+    if stage == "state_maps":
+        sizes["J"] = sizes["K"]
     state_dtype = np.promote_types(data.dtype, np.float32)
-    dtypes = {"o": data.dtype, "y": data.dtype}
-    dtypes |= {"final_state": state_dtype, "chunk_states": state_dtype}
+    dtypes = dict.fromkeys(("final_state", "chunk_states", "factor", "offset"), state_dtype)
+    dtypes |= {"o": data.dtype, "y": data.dtype}
     if _is_step(problem):
         dtypes["state"] = dtypes["token_states"] = named["state"].dtype
     return [
@@ -448,9 +473,9 @@ def _with_slots(ctx, operands, problem):
 
 def _workspace_bytes(stage, problem, sizes):
     """The bytes of the stage's workspace, if it has one."""
-    if stage in ("forward", "backward"):
+    if stage in _WORKSPACES:
         segments = dict(has_segment_ids=problem.has_segment_ids)
-        return (_extension.workspace_bytes(stage, **sizes, **segments),)
+        return (_extension.workspace_bytes(_WORKSPACES[stage], **sizes, **segments),)
     if stage == "short_conv_backward":
         channels = sizes["H"] * sizes["K"]
         return (_extension.short_conv_workspace_bytes(sizes["B"], sizes["T"], channels),)

@@ -33,6 +33,8 @@ AXES = {
     "o": ("B", "T", "HV", "V"),
     "final_state": ("B", "N", "HV", "K", "V"),
     "chunk_states": ("B", "M", "HV", "K", "V"),  # M = T // 64
+    "factor": ("B", "HV", "K", "J"),  # J = K: a segment takes its state S to factor S + offset
+    "offset": ("B", "HV", "K", "V"),
 }
 
 
@@ -61,6 +63,7 @@ class Problem(Options):
     max_segments: int = 1  # N, the segment states a row carries; 1 without segment_ids
     return_final_state: bool = False
     return_chunk_states: bool = False
+    context_axis: str | None = None  # of the whole call; a shard's own problem has none
     residual_name: str | None = None
     has_initial_state: bool = False
     has_segment_ids: bool = False
@@ -88,11 +91,14 @@ class Problem(Options):
         final_state = ("final_state",) if self.return_final_state else ()
         return ("o", *final_state, *(("chunk_states",) if self.return_chunk_states else ()))
 
-    def signature(self, stage: Literal["forward", "backward"]):
+    def signature(self, stage: Literal["forward", "backward", "state_maps", "state_gradient"]):
         """(operand names, result names) of a stage; a cotangent goes by the name of its primal."""
         if stage == "forward":
             return self.operand_names, self.result_names
-        return self.operand_names + self.result_names, self.differentiable_names
+        if stage == "state_maps":
+            return self.operand_names, ("factor", "offset")
+        gradients = ("initial_state",) if stage == "state_gradient" else self.differentiable_names
+        return self.operand_names + self.result_names, gradients
 
     def named(self, operands) -> dict[str, object]:
         """The forward operands by name; cotangents after them are ignored."""

@@ -49,7 +49,7 @@ def is_padding(segment_ids, padding_segment_id):
     return padding if padding_segment_id is None else padding | (segment_ids == padding_segment_id)
 
 
-def _edges(segment_ids, padding_segment_id):
+def edges(segment_ids, padding_segment_id):
     """[B, T] each: tokens of segments, the first tokens of segments, and the last ones."""
     differs = segment_ids[:, 1:] != segment_ids[:, :-1]
     edge = jnp.ones((segment_ids.shape[0], 1), bool)
@@ -69,7 +69,7 @@ def _places(begins):
 def places(segment_ids, padding_segment_id: int | None = 0):
     """The segment of each token, counted along its row, and the token's place in it, [B, T] each.
     Meaningless at padding."""
-    return _places(_edges(segment_ids, padding_segment_id)[1])
+    return _places(edges(segment_ids, padding_segment_id)[1])
 
 
 def slots(segment_ids, padding_segment_id: int | None = 0):
@@ -81,7 +81,7 @@ def slots(segment_ids, padding_segment_id: int | None = 0):
 def extents(segment_ids, padding_segment_id: int | None, N: int):
     """The first tokens and the lengths of the first N segments of each row, [B, N] each; length 0
     where there are fewer."""
-    _, begins, ends = _edges(segment_ids, padding_segment_id)
+    _, begins, ends = edges(segment_ids, padding_segment_id)
     T = segment_ids.shape[1]
     token = jnp.arange(T, dtype=jnp.int32)[None]
 
@@ -97,7 +97,7 @@ def schedule(T: int, segment_ids=None, padding_segment_id: int | None = 0) -> Sc
     """The schedule of rows of T tokens, one segment a row without `segment_ids` [B, T]."""
     if segment_ids is None:
         return Schedule(-(-T // CHUNK), None, T)
-    valid, begins, ends = _edges(segment_ids, padding_segment_id)
+    valid, begins, ends = edges(segment_ids, padding_segment_id)
     token = jnp.arange(T, dtype=jnp.int32)[None]
     segment, offset = _places(begins)
     starts_chunk = valid & (offset % CHUNK == 0)

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from . import _primitives, _short_conv_xla, _vjp
+from . import _context, _primitives, _short_conv_xla, _vjp
 from ._problem import ShortConvProblem, ShortConvStepProblem
 from ._segments import extents
 from ._validation import IMPLEMENTATIONS, strong
@@ -32,6 +32,7 @@ def short_conv(
     padding_segment_id=0,
     initial_state=None,
     implementation=None,
+    context_axis=None,
 ):
     """Causal depthwise convolution along T, inside segments, followed by SiLU.
 
@@ -51,6 +52,8 @@ def short_conv(
       kernels on an NVIDIA GPU that they support, XLA elsewhere. Chosen when the program is lowered
       for a platform. The kernels take W = 4, bfloat16 or float32 x, and channels that are a
       multiple of 8 altogether.
+    - `context_axis`: the mesh axis that T is split over, as in `kimi_delta_attention`; without
+      `initial_state`. Each device gets the W - 1 tokens before its own from its neighbour.
 
     **Returns** an array like `x`, zero at padding.
 
@@ -65,7 +68,18 @@ def short_conv(
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     bias = None if bias is None else jnp.asarray(bias)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    _check(x, kernel, bias, activation, segment_ids, initial_state, implementation)
+    _check(x, kernel, bias, activation, segment_ids, initial_state, implementation, context_axis)
+    if context_axis is not None:
+        return _on_shards(
+            x,
+            kernel,
+            bias,
+            segment_ids,
+            context_axis,
+            activation=activation,
+            padding_segment_id=padding_segment_id,
+            implementation=implementation,
+        )
     if initial_state is not None and segment_ids is None:
         initial_state = initial_state[:, None]
     arrays = (x, kernel, bias, segment_ids, initial_state)
@@ -76,6 +90,40 @@ def short_conv(
     # layers, where saved memory matters most, recompute all the same: there nothing can be shared.
     convolve = functools.partial(_short_conv_xla.convolve, **options)
     return jax.checkpoint(convolve, prevent_cse=False)(*arrays)
+
+
+def _on_shards(x, kernel, bias, segment_ids, axis, **options):
+    """`short_conv` of the shards of rows that `axis` splits."""
+    channels = tuple(f"C{i}" for i in range(x.ndim - 2))
+    letters = dict(x=("B", "T", *channels), kernel=("W", *channels), bias=channels, ids=("B", "T"))
+    operands = dict(x=x, kernel=kernel, bias=bias, ids=segment_ids)
+    operands = {name: operand for name, operand in operands.items() if operand is not None}
+
+    def convolve(*shards):
+        # A token has W - 1 more before it, zeros or padding where its row begins.
+        named = dict(zip(operands, shards, strict=True))
+        size = kernel.shape[0] - 1
+        named["x"] = _context.extended(named["x"], size, axis)
+        if segment_ids is not None:
+            named["ids"] = _context.extended(named["ids"], size, axis, before_all=-1)
+        y = short_conv(
+            named["x"],
+            named["kernel"],
+            named.get("bias"),
+            segment_ids=named.get("ids"),
+            **options,
+        )
+        return y[:, size:] if y.shape[1] > 0 else y
+
+    return _context.on_shards(
+        "short_conv",
+        axis,
+        convolve,
+        tuple(operands.values()),
+        [letters[name] for name in operands],
+        letters["x"],
+        _context.split_alike(x, letters["x"]),
+    )
 
 
 def short_conv_state(x, width, *, segment_ids=None, padding_segment_id=0, max_segments=None):
@@ -204,8 +252,12 @@ def _as_slots(indices, slots):
     return jnp.where((indices >= 0) & (indices < slots), indices, -1).astype(jnp.int32)
 
 
-def _check(x, kernel, bias, activation, segment_ids, initial_state, implementation):
+def _check(x, kernel, bias, activation, segment_ids, initial_state, implementation, context_axis):
     problems = _problems(x, kernel, bias, activation, implementation)
+    if initial_state is not None and context_axis is not None:
+        problems.append(
+            f"context_axis={context_axis!r} is not for rows with an initial_state; leave one out"
+        )
     if segment_ids is not None:
         if segment_ids.shape != x.shape[:2]:
             problems.append(f"segment_ids must be [B, T] = {x.shape[:2]}, got {segment_ids.shape}")

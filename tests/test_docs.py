@@ -10,6 +10,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 EXAMPLES = DOCS.parent / "examples"
 NEEDS = {
     "checkpoints": ["flax", "safetensors"],
+    "context_parallelism": ["flax"],
     "kimi_linear": ["flax", "safetensors"],
     "serving": ["flax"],
     "training_at_scale": ["flax"],

@@ -215,6 +215,38 @@ def test_vmap_and_shard_map_lower_to_one_call(declared_kernels):
     assert "tensor<1x70x1x128xbf16>" in call
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_shard_runs_kernels_alone(declared_kernels, packed):
+    """Context parallel, forward and backward: no chunk is walked by XLA."""
+    arrays = inputs(T=4096)
+    if not packed:
+        del arrays["segment_ids"]
+        arrays["initial_state"] = arrays["initial_state"][:, 0]
+    mesh = jax.make_mesh((2,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = ("q", "k", "v", "g", "beta", "segment_ids")
+    specs = {name: jax.P(None, "t") if name in split else jax.P() for name in arrays}
+
+    def both(arrays):
+        call = lambda q: attend(arrays | {"q": q}, context_axis="t")
+        results, pull_back = jax.vjp(call, arrays["q"])
+        return *results, *pull_back(results)
+
+    out_specs = (specs["q"], jax.P(), specs["q"])
+    run = jax.shard_map(both, mesh=mesh, in_specs=(specs,), out_specs=out_specs)
+    text = lowered(run, "cuda", arrays)
+    assert "stablehlo.while" not in text
+    counts = {
+        stage: len(calls_of(target, text)) for stage, target in _primitives._FFI_TARGETS.items()
+    }
+    calls = {stage: count for stage, count in counts.items() if count}
+    backward = 2 if packed else 1  # what ends here, and what goes on
+    assert calls == dict(forward=1, backward=backward, state_maps=1, state_gradient=1)
+    # Rows of one segment are cut into pieces, of 512 tokens at least.
+    rows = {"2x2048"} if packed else {"8x512"}
+    found = {re.search(r": \(tensor<(\d+x\d+)x", call)[1] for call in calls_of(TARGET, text)}
+    assert found == rows
+
+
 def test_with_the_extension_itself(monkeypatch):
     extension()
     monkeypatch.setattr(_support, "_local_compute_capabilities", lambda: [])

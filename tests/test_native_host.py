@@ -508,6 +508,13 @@ CALLS = dict(
         {gradient: OPERANDS[name] for name, gradient in GRADIENTS.items()},
     ),
 )
+# One state slot, and of states what the stage alone has.
+STATE_MAPS = {name: spec for name, spec in OPERANDS.items() if name != "initial_state"}
+MAPS = {"factor": ((B, HV, K, K), "float32"), "offset": ((B, HV, K, V), "float32")}
+CALLS["state_maps"] = (STATE_MAPS, MAPS)
+CALLS["state_gradient"] = (
+    CALLS["backward"][0], {"d_initial_state": OPERANDS["initial_state"]}
+)  # fmt: skip
 ATTRIBUTES = dict(
     gate=np.int32(SOFTPLUS),
     gate_lower_bound=np.float32(-5),
@@ -524,9 +531,17 @@ ATTRIBUTES = dict(
     has_segment_ids=np.bool_(True),
     return_final_state=np.bool_(True),
 )
-STAGE_ATTRIBUTES = dict(
-    forward=ATTRIBUTES | dict(return_chunk_states=np.bool_(True)), backward=ATTRIBUTES
-)
+STAGE_ATTRIBUTES = {stage: ATTRIBUTES for stage in ("backward", "state_gradient")} | {
+    "forward": ATTRIBUTES | dict(return_chunk_states=np.bool_(True)),
+    "state_maps": ATTRIBUTES
+    | dict(
+        max_segments=np.int64(1),
+        has_initial_state=np.bool_(False),
+        return_final_state=np.bool_(False),
+    ),
+}
+# Whose workspace a stage needs, and its slots.
+WORKSPACES = {"state_maps": ("forward", 1), "state_gradient": ("backward", N)}
 
 
 @functools.cache
@@ -538,7 +553,8 @@ def checking_targets():
 
 
 def needed_bytes(stage):
-    return getattr(extension(), f"{stage}_workspace_bytes")(B, T, H, HV, K, V, N, True)
+    stage, slots = WORKSPACES.get(stage, (stage, N))
+    return getattr(extension(), f"{stage}_workspace_bytes")(B, T, H, HV, K, V, slots, True)
 
 
 def call_handler(operands=None, results=None, workspace=None, stage="forward", **attributes):
@@ -571,7 +587,7 @@ def without(specs, *names):
     return {name: spec for name, spec in specs.items() if name not in names}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", CALLS)
 def test_handler_takes_a_valid_call(stage):
     call_handler(stage=stage)
 
@@ -599,7 +615,7 @@ def test_handler_takes_calls_without_chunk_states():
 
 
 @pytest.mark.parametrize(
-    "stage, name", [(stage, name) for stage in STAGES for specs in CALLS[stage] for name in specs]
+    "stage, name", [(stage, name) for stage in CALLS for specs in CALLS[stage] for name in specs]
 )
 @pytest.mark.parametrize("fault", ["rank", "dimension", "dtype"])
 def test_handler_holds_every_operand_against_the_others(stage, name, fault):
@@ -628,7 +644,7 @@ def test_handler_holds_a_gradient_against_its_operand(name):
 
 
 @pytest.mark.parametrize(
-    "stage, name", [(stage, name) for stage in STAGES for name in sorted(STAGE_ATTRIBUTES[stage])]
+    "stage, name", [(stage, name) for stage in CALLS for name in sorted(STAGE_ATTRIBUTES[stage])]
 )
 def test_handler_refuses_missing_and_mistyped_attributes(name, stage):
     assert f"attribute {name}: " in refusal(stage=stage, **{name: None})
@@ -642,7 +658,7 @@ def test_handler_refuses_operands_that_contradict_the_attributes(name, stage):
     refusal(stage=stage, **{f"has_{name}": np.bool_(False)})
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", CALLS)
 def test_handler_refuses_what_nobody_reads(stage):
     operands, results = CALLS[stage]
     n, m = len(operands), len(results) + 1
@@ -656,7 +672,7 @@ def test_handler_refuses_what_nobody_reads(stage):
     assert f"got {m + 1} results, expected {m}" in message
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", CALLS)
 def test_handler_refuses_a_small_workspace(stage):
     needed = needed_bytes(stage)
     message = refusal(workspace=((needed - 1,), "uint8"), stage=stage)
@@ -676,10 +692,24 @@ def test_handler_applies_the_native_checks(stage):
     assert "N is -1" in refusal(*stateless, stage=stage, **absent, max_segments=np.int64(-1))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", CALLS)
 def test_a_valid_call_works_after_a_refused_one(stage):
     refusal(stage=stage, gate=np.int32(3))
     call_handler(stage=stage)
+
+
+def test_handlers_of_a_shard_refuse_states_that_they_do_not_have():
+    attributes = dict(max_segments=np.int64(2))
+    assert "N is 2, must be 1" in refusal(stage="state_maps", **attributes)
+    state = {"initial_state": ((B, 1, HV, K, V), "float32")}
+    operands = {name: (STATE_MAPS | state)[name] for name in OPERANDS}
+    message = refusal(operands, stage="state_maps", has_initial_state=np.bool_(True))
+    assert "initial_state is not an operand of it" in message
+    message = refusal(stage="state_maps", return_final_state=np.bool_(True))
+    assert "final_state is not a result of it" in message
+    operands = without(CALLS["state_gradient"][0], "initial_state")
+    message = refusal(operands, stage="state_gradient", has_initial_state=np.bool_(False))
+    assert "initial_state is missing" in message
 
 
 # The step's handler

@@ -17,7 +17,7 @@ import pytest
 from built import extension
 
 import jax_flashkda
-from jax_flashkda import _extension
+from jax_flashkda import _extension, _primitives
 
 ROOT = pathlib.Path(__file__).parent.parent
 BACKEND = ROOT / "packaging" / "flashkda_backend.py"
@@ -185,9 +185,7 @@ def test_handlers_may_be_captured_in_command_buffers():
 
 
 def test_registration_is_idempotent():
-    stages = ("forward", "backward", "step")
-    stages += ("short_conv", "short_conv_backward", "short_conv_step")
-    targets = {f"jax_flashkda.{stage}" for stage in stages}
+    targets = {f"jax_flashkda.{stage}" for stage in _primitives._FFI_TARGETS}
     assert set(extension().registrations()) == targets
     _extension.register()
     _extension.register()

@@ -27,11 +27,12 @@ FLOORS = {
     "_short_conv_xla": 2,
     "_primitives": 3,
     "_vjp": 4,
-    "_kda": 5,
-    "_step": 5,
-    "_short_conv": 5,
-    "_layer": 6,
-    "checkpoints": 7,
+    "_context": 5,
+    "_kda": 6,
+    "_step": 6,
+    "_short_conv": 6,
+    "_layer": 7,
+    "checkpoints": 8,
 }
 
 

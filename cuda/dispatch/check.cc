@@ -131,6 +131,14 @@ void check_gradient_pointers(const BackwardParams& p, Problems& problems) {
                  16);
 }
 
+// What every stage but the step takes.
+void check_inputs(const ForwardParams& p, Problems& problems) {
+  check_shape(p.shape, problems);
+  check_variant(p, problems);
+  check_options(p, p.shape.B, problems);
+  check_input_pointers(p, problems);
+}
+
 void check_step_shape(const StepShape& s, Problems& problems) {
   if (s.N < 0) problems.add("N is ", s.N, ", must not be negative");
   if (s.T < 1 || s.T > kMostStepTokens)
@@ -205,22 +213,36 @@ std::vector<StepVariant> step_variants() { return compiled_step_variants(); }
 
 Status check_forward(const ForwardParams& params) {
   Problems problems;
-  check_shape(params.shape, problems);
-  check_variant(params, problems);
-  check_options(params, params.shape.B, problems);
-  check_input_pointers(params, problems);
+  check_inputs(params, problems);
   check_output_pointers(params, problems);
   return problems.status("jax_flashkda.forward");
 }
 
 Status check_backward(const BackwardParams& params) {
   Problems problems;
-  check_shape(params.forward.shape, problems);
-  check_variant(params.forward, problems);
-  check_options(params.forward, params.forward.shape.B, problems);
-  check_input_pointers(params.forward, problems);
+  check_inputs(params.forward, problems);
   check_gradient_pointers(params, problems);
   return problems.status("jax_flashkda.backward");
+}
+
+Status check_state_gradient(const BackwardParams& params) {
+  Problems problems;
+  const ForwardShape& s = params.forward.shape;
+  check_inputs(params.forward, problems);
+  check_pointer("d_o", params.d_o, has_tokens(s), 16, problems);
+  check_pointer("d_final_state", params.d_final_state, false, 16, problems);
+  check_pointer("d_initial_state", params.d_initial_state, s.B > 0 && s.N > 0, 16, problems);
+  return problems.status("jax_flashkda.state_gradient");
+}
+
+Status check_state_maps(const StateMapsParams& params) {
+  Problems problems;
+  const ForwardShape& s = params.forward.shape;
+  check_inputs(params.forward, problems);
+  if (s.N != 1) problems.add("N is ", s.N, ", must be 1: a row has maps for one segment");
+  check_pointer("factor", params.factor, s.B > 0, 16, problems);
+  check_pointer("offset", params.offset, s.B > 0, 16, problems);
+  return problems.status("jax_flashkda.state_maps");
 }
 
 Status check_step(const StepParams& params) {

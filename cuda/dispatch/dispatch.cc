@@ -34,6 +34,27 @@ Status prepare_chunks(const ForwardParams& params, const ForwardWorkspace& works
   return sm90::launch_chunk_prepare(params, workspace, stream);
 }
 
+// What the backward's stages take.
+BackwardParams for_backward(const BackwardParams& given) {
+  BackwardParams params = given;
+  params.forward.workspace = aligned_workspace(given.forward.workspace);
+  params.forward.o = nullptr;
+  params.forward.final_state = nullptr;
+  params.forward.chunk_states = nullptr;
+  params.forward.nonzero_beta = true;
+  return params;
+}
+
+// A slot that no segment uses is passed through, and so is its gradient.
+Status pass_unused_gradients(const BackwardParams& params, const BackwardWorkspace& workspace,
+                             CUstream_st* stream) {
+  if (params.d_initial_state == nullptr || !may_leave_slots(params.forward.shape)) return {};
+  ForwardParams states = params.forward;
+  states.initial_state = params.d_final_state;
+  states.final_state = params.d_initial_state;
+  return sm90::launch_unused_states(states, workspace.forward, stream);
+}
+
 }  // namespace
 
 // With a second architecture: by the device's compute capability.
@@ -68,13 +89,8 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
 
 Status backward(const BackwardParams& given, CUstream_st* stream) {
   if (Status status = check_backward(given); !status.ok()) return status;
-  BackwardParams params = given;
-  ForwardParams& forward = params.forward;
-  forward.workspace = aligned_workspace(given.forward.workspace);
-  forward.o = nullptr;
-  forward.final_state = nullptr;
-  forward.chunk_states = nullptr;
-  forward.nonzero_beta = true;
+  const BackwardParams params = for_backward(given);
+  const ForwardParams& forward = params.forward;
   const BackwardWorkspace workspace = backward_workspace(forward.shape);
 
   if (has_tokens(forward.shape)) {
@@ -89,14 +105,35 @@ Status backward(const BackwardParams& given, CUstream_st* stream) {
     if (Status status = sm90::launch_gradient_reduce(params, workspace, stream); !status.ok())
       return status;
   }
-  if (params.d_initial_state != nullptr && may_leave_slots(forward.shape)) {
-    // A slot that no segment uses is passed through, and so is its gradient.
-    ForwardParams states = forward;
-    states.initial_state = params.d_final_state;
-    states.final_state = params.d_initial_state;
-    return sm90::launch_unused_states(states, workspace.forward, stream);
+  return pass_unused_gradients(params, workspace, stream);
+}
+
+Status state_gradient(const BackwardParams& given, CUstream_st* stream) {
+  if (Status status = check_state_gradient(given); !status.ok()) return status;
+  BackwardParams params = for_backward(given);
+  const BackwardWorkspace workspace = backward_workspace(params.forward.shape);
+  if (has_tokens(params.forward.shape)) {
+    // dv, which nobody asked for, has the place of U, which nobody writes.
+    params.dv = static_cast<uint8_t*>(params.forward.workspace) + workspace.corrected_values;
+    if (Status status = prepare_chunks(params.forward, workspace.forward, stream); !status.ok())
+      return status;
+    if (Status status = sm90::launch_state_gradient(params, workspace, stream); !status.ok())
+      return status;
   }
-  return {};
+  return pass_unused_gradients(params, workspace, stream);
+}
+
+Status state_maps(const StateMapsParams& given, CUstream_st* stream) {
+  if (Status status = check_state_maps(given); !status.ok()) return status;
+  StateMapsParams params = given;
+  params.forward.workspace = aligned_workspace(given.forward.workspace);
+  params.forward.nonzero_beta = false;
+  const ForwardWorkspace workspace =
+      forward_workspace(params.forward.shape, StageOrder::kSerial);
+  if (!has_tokens(params.forward.shape)) return {};
+  if (Status status = prepare_chunks(params.forward, workspace, stream); !status.ok())
+    return status;
+  return sm90::launch_state_maps(params, workspace, stream);
 }
 
 Status step(const StepParams& params, CUstream_st* stream) {

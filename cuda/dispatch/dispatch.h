@@ -56,8 +56,11 @@ Status check_step(const StepParams& params);
 Status check_short_conv(const ShortConvParams& params);
 Status check_short_conv_backward(const ShortConvBackwardParams& params);
 Status check_short_conv_step(const ShortConvStepParams& params);
+Status check_state_maps(const StateMapsParams& params);
+Status check_state_gradient(const BackwardParams& params);  // d_initial_state alone is written
 
-// Bytes of ForwardParams::workspace for either; zero for shapes that the checks refuse.
+// Bytes of ForwardParams::workspace for either, zero for shapes that the checks refuse; state_maps
+// needs that of the forward, state_gradient that of the backward.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
 int64_t backward_workspace_bytes(const ForwardShape& shape);
 // Of ShortConvBackwardParams::workspace.
@@ -75,5 +78,7 @@ Status step(const StepParams& params, CUstream_st* stream);
 Status convolve(const ShortConvParams& params, CUstream_st* stream);
 Status convolve_backward(const ShortConvBackwardParams& params, CUstream_st* stream);
 Status convolve_step(const ShortConvStepParams& params, CUstream_st* stream);
+Status state_maps(const StateMapsParams& params, CUstream_st* stream);
+Status state_gradient(const BackwardParams& params, CUstream_st* stream);
 
 }  // namespace jax_flashkda

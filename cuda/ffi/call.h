@@ -81,7 +81,7 @@ class Operand {
   }
 
   // `meaning` spells the expected dimensions as letters, for the message.
-  void expect_shape(const char* meaning, std::initializer_list<int64_t> dims) const {
+  void expect_shape(const std::string& meaning, std::initializer_list<int64_t> dims) const {
     const ffi::Span<const int64_t> got = buffer_.dimensions();
     if (got.size() != dims.size() || !std::equal(dims.begin(), dims.end(), got.begin())) {
       refuse(name_ + " has shape " + to_string(got) + ", expected " + meaning + " = " +

@@ -11,6 +11,10 @@
 //                                                          ([..]: told present by an attribute)
 // backward: operands  those of the forward, d_o [d_final_state]
 //           results   dq dk dv dg d_beta [dA_log] [d_dt_bias] [d_initial_state] workspace
+// state_maps:     operands  those of the forward but initial_state
+//                 results   factor offset workspace
+// state_gradient: operands  those of the backward, initial_state among them
+//                 results   d_initial_state workspace
 // step:     operands  q k v g beta [A_log] [dt_bias] state [state_indices]
 //           results   o state [token_states]               (the state's memory is the operand's)
 
@@ -29,6 +33,8 @@ namespace {
 constexpr char kForward[] = "jax_flashkda.forward";
 constexpr char kBackward[] = "jax_flashkda.backward";
 constexpr char kStep[] = "jax_flashkda.step";
+constexpr char kStateMaps[] = "jax_flashkda.state_maps";
+constexpr char kStateGradient[] = "jax_flashkda.state_gradient";
 
 // The options that forward, backward and step share.
 template <class Params>
@@ -185,6 +191,26 @@ ForwardParams read_forward(Call call) {
   return params;
 }
 
+StateMapsParams read_state_maps(Call call) {
+  StateMapsParams params{};
+  ForwardParams& forward = params.forward;
+  if (read_inputs(call, forward).initial_state) refuse("initial_state is not an operand of it");
+  if (call.attributes.get<bool>("return_final_state")) refuse("final_state is not a result of it");
+  const ForwardShape& s = forward.shape;
+  const auto next = [&](const char* name, const char* meaning, int64_t columns) {
+    const Operand map = call.results.next(name);
+    map.expect_dtype(ffi::F32);
+    map.expect_shape(meaning, {s.B, s.HV, s.K, columns});
+    return map.data<float>();
+  };
+  params.factor = next("factor", "[B, HV, K, K]", s.K);
+  params.offset = next("offset", "[B, HV, K, V]", s.V);
+  const Operand workspace = read_workspace(call, forward);
+  call.expect_end();
+  check_call(check_state_maps(params), workspace, forward_workspace_bytes(s));
+  return params;
+}
+
 // A gradient has shape and dtype of its operand.
 void read_gradients(ResultReader& results, const Present& present, BackwardParams& params) {
   const ForwardParams& p = params.forward;
@@ -210,13 +236,30 @@ void read_gradients(ResultReader& results, const Present& present, BackwardParam
     read_state(results.next("d_initial_state"), s, params.d_initial_state);
 }
 
+void read_cotangents(Call& call, BackwardParams& params) {
+  const ForwardParams& forward = params.forward;
+  read_output(call.operands.next("d_o"), "d_o", forward, params.d_o);
+  if (call.attributes.get<bool>("return_final_state"))
+    read_state(call.operands.next("d_final_state"), forward.shape, params.d_final_state);
+}
+
+BackwardParams read_state_gradient(Call call) {
+  BackwardParams params{};
+  ForwardParams& forward = params.forward;
+  if (!read_inputs(call, forward).initial_state) refuse("initial_state is missing");
+  read_cotangents(call, params);
+  read_state(call.results.next("d_initial_state"), forward.shape, params.d_initial_state);
+  const Operand workspace = read_workspace(call, forward);
+  call.expect_end();
+  check_call(check_state_gradient(params), workspace, backward_workspace_bytes(forward.shape));
+  return params;
+}
+
 BackwardParams read_backward(Call call) {
   BackwardParams params{};
   ForwardParams& forward = params.forward;
   const Present present = read_inputs(call, forward);
-  read_output(call.operands.next("d_o"), "d_o", forward, params.d_o);
-  if (call.attributes.get<bool>("return_final_state"))
-    read_state(call.operands.next("d_final_state"), forward.shape, params.d_final_state);
+  read_cotangents(call, params);
   read_gradients(call.results, present, params);
   const Operand workspace = read_workspace(call, forward);
   call.expect_end();
@@ -302,6 +345,11 @@ std::vector<Handler> handlers() {
       {kForward, "execute", executing_handler<kForward, read_forward, forward>()},
       {kBackward, "initialize", initialize},
       {kBackward, "execute", executing_handler<kBackward, read_backward, backward>()},
+      {kStateMaps, "initialize", initialize},
+      {kStateMaps, "execute", executing_handler<kStateMaps, read_state_maps, state_maps>()},
+      {kStateGradient, "initialize", initialize},
+      {kStateGradient, "execute",
+       executing_handler<kStateGradient, read_state_gradient, state_gradient>()},
       {kStep, "initialize", initialize},
       {kStep, "execute", executing_handler<kStep, read_step, step>()},
   };
@@ -316,6 +364,8 @@ std::vector<Handler> checking_handlers() {
   std::vector<Handler> all = {
       {kForward, "execute", checking_handler<kForward, read_forward>()},
       {kBackward, "execute", checking_handler<kBackward, read_backward>()},
+      {kStateMaps, "execute", checking_handler<kStateMaps, read_state_maps>()},
+      {kStateGradient, "execute", checking_handler<kStateGradient, read_state_gradient>()},
       {kStep, "execute", checking_handler<kStep, read_step>()},
   };
   for (const Handler& handler : short_conv_checking_handlers()) all.push_back(handler);

@@ -89,6 +89,15 @@ struct BackwardParams {
   float* d_initial_state;  // [B, N, HV, K, V]  null where the call has no initial_state
 };
 
+// How the first segment of each row moves its state: S -> M S + B. Of a shard of longer rows, what
+// the others have to know of it.
+struct StateMapsParams {
+  ForwardParams forward;  // N = 1; initial_state, o and final_state null
+
+  float* factor;  // M [B, HV, K, K]  not written for a row without a segment
+  float* offset;  // B [B, HV, K, V]  likewise
+};
+
 struct StepShape {
   int64_t N;      // sequences
   int64_t T;      // tokens of each, 1 to kMostStepTokens

@@ -44,7 +44,10 @@ Status launch_chunk_prepare(const ForwardParams& params, const ForwardWorkspace&
 // directly behind launch_chunk_prepare.
 Status launch_chunk_state_pieces(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
-// Directly behind the last of those two.
+// The maps of each row's first segment; directly behind launch_chunk_prepare of params.forward.
+Status launch_state_maps(const StateMapsParams& params, const ForwardWorkspace& workspace,
+                         CUstream_st* stream);
+// Directly behind launch_chunk_prepare, or launch_chunk_state_pieces where there are pieces.
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
 
@@ -53,6 +56,9 @@ Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorks
 // backwards, for the state gradients at its boundaries, dv and d_initial_state.
 Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                                    CUstream_st* stream);
+// Backwards alone: d_initial_state; dv and the boundaries' gradients are written all the same.
+Status launch_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
+                             CUstream_st* stream);
 // All chunks at once: dq, dk (of each value head where HV > H), dg, d_beta, partial sums of dA_log
 // and d_dt_bias; and zeros for padding, in dv too.
 Status launch_chunk_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,

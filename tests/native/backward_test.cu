@@ -121,6 +121,25 @@ double corrected_value_error(const Launch& launch, int64_t offset, const Case& c
   return relative_rms(expected, [&](size_t i) { return double(got[i]); });
 }
 
+// state_gradient leaves the bits of the backward's d_initial_state, and nothing else.
+bool check_state_gradient(Launch& launch, const Case& c, const Cotangents& d) {
+  if (c.call.initial_state.empty()) return true;
+  Launch alone(c, d);
+  alone.poison(0xFF);
+  const auto before = alone.bits();
+  BackwardParams call = alone.call;
+  call.dq = call.dk = call.dv = call.dg = call.d_beta = nullptr;
+  call.dA_log = call.d_dt_bias = nullptr;
+  const Status status = state_gradient(call, nullptr);
+  if (!status.ok()) std::printf("  %s\n", status.message.c_str());
+  CHECK_CUDA(cudaDeviceSynchronize());
+  auto expected = before;
+  expected.back() = launch.bits().back();
+  const bool same = status.ok() && alone.workspace.intact() && alone.bits() == expected;
+  if (!same) std::printf("  state_gradient differs");
+  return same;
+}
+
 bool check(const Case& c) {
   const Cotangents d = make_cotangents(c);
   Launch launch(c, d);
@@ -145,6 +164,7 @@ bool check(const Case& c) {
             /*of_gate=*/i >= 3 && i <= 6);
   }
   const bool repeats = launch.repeats(good);
+  good &= check_state_gradient(launch, c, d);
   std::printf("%s\n", repeats ? "" : "  NOT REPEATABLE");
   std::fflush(stdout);
   return good && accurate && repeats;

@@ -81,6 +81,65 @@ Verdict judge_draw(const Case& c, uint64_t seed) {
   return verdict;
 }
 
+// state_maps: M S + B of the first segment of each row is its final state, from any state S.
+bool check_maps(Case c) {
+  c.call.N = 1;
+  add_initial_state(c);
+  Inputs inputs(c);
+  const ForwardShape& s = inputs.params.shape;
+  const int64_t maps = s.B * s.HV, state = s.K * s.V;
+  DeviceBuffer factor(maps * state * 4), offset(maps * state * 4);
+  Workspace workspace(forward_workspace_bytes(s));
+  StateMapsParams params{inputs.params, static_cast<float*>(factor.data()),
+                         static_cast<float*>(offset.data())};
+  params.forward.initial_state = nullptr;
+  params.forward.workspace = workspace.data();
+  bool good = true;
+  std::vector<uint32_t> bits[2];
+  for (auto& of_run : bits) {
+    if (poisoned) factor.fill(0xFF), offset.fill(0xFF), workspace.fill(0xFF);
+    workspace.set_canary();
+    const Status status = state_maps(params, nullptr);
+    if (!status.ok()) std::printf("  %s\n", status.message.c_str());
+    CHECK_CUDA(cudaDeviceSynchronize());
+    good &= status.ok() && workspace.intact();
+    of_run = factor.download<uint32_t>();
+    const auto more = offset.download<uint32_t>();
+    of_run.insert(of_run.end(), more.begin(), more.end());
+  }
+  const bool repeats = bits[0] == bits[1];
+  const auto M = factor.download<float>(), B = offset.download<float>();
+  std::vector<double> behind(B.begin(), B.end());
+  for (int64_t i = 0; i < maps; ++i)
+    for (int64_t row = 0; row < s.K; ++row)
+      for (int64_t j = 0; j < s.K; ++j)
+        for (int64_t v = 0; v < s.V; ++v)
+          behind[i * state + row * s.V + v] += double(M[i * state + row * s.K + j]) *
+                                               c.call.initial_state[i * state + j * s.V + v];
+  const double error = relative_rms(oracle::forward(c.call).final_state,
+                                    [&](size_t i) { return behind[i]; });
+  const bool accurate = error <= c.limit;  // false for NaN
+  std::printf("%-44s M S + B %.2e  (limit %.3f)%s%s\n", c.name.c_str(), error, c.limit,
+              accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
+  return good && accurate && repeats;
+}
+
+std::vector<Case> map_cases() {
+  using G = oracle::Gate;
+  std::vector<Case> list;
+  for (int64_t T : {1, 63, 64, 65, 200})
+    list.push_back(make_case("maps, T " + std::to_string(T), raw_shape(G::kSoftplus, 2, T, 1, 2),
+                             {Regime::kRandom, Regime::kSlow}));
+  list.push_back(make_case("maps, GVA 2 / 6", raw_shape(G::kBounded, 2, 90, 2, 6)));
+  list.push_back(make_case("maps, no decay", shape(1, 130, 1, 1),
+                           {Regime::kRandom, Regime::kNone}));
+  list.push_back(make_case("maps, more than one a CTA", raw_shape(G::kSoftplus, 2, 280, 80, 80)));
+  // Padding before the segment and behind it; and segments behind it, which have no maps.
+  list.push_back(packed_case("maps, packed", 2, 2, 1,
+                             ids_from_lengths({{0, 7}, {3, 150}, {-1, 43}, {5, 70}, {6, 130}})));
+  return list;
+}
+
 // One segment of a packed row against the same tokens alone: equal bits, though its neighbours are
 // NaN.
 bool check_packing(int64_t HV) {
@@ -364,6 +423,7 @@ int main(int argc, char** argv) {
     tally(check_many_pairs());
   } else {
     for (const Case& c : cases(quick)) tally(check(c));
+    for (const Case& c : map_cases()) tally(check_maps(c));
     tally(check_packing(2));
     if (!quick) tally(check_packing(70));
     tally(check_chunk_states(2));

@@ -27,15 +27,29 @@ Status raise_limit() {
                      "chunk_state_gradient_kernel: cudaFuncSetAttribute");
 }
 
+// The walks backwards, and forwards too if `directions` is 2.
 template <int kValueTiles>
 Status launch(const BackwardParams& params, const BackwardWorkspace& workspace, int64_t chains,
-              int sms, CUstream_st* stream) {
+              int sms, unsigned directions, CUstream_st* stream) {
   const unsigned ctas = static_cast<unsigned>(std::min<int64_t>(chains * (2 / kValueTiles), sms));
   clear_older_error();
   chunk_state_gradient_kernel<kValueTiles>
-      <<<2 * ctas, ForwardConfig<kValueTiles>::kThreads, shared_bytes<kValueTiles>(), stream>>>(
-          params, workspace, ctas);
+      <<<directions * ctas, ForwardConfig<kValueTiles>::kThreads, shared_bytes<kValueTiles>(),
+         stream>>>(params, workspace, ctas);
   return launch_status("chunk_state_gradient_kernel");
+}
+
+// Two CTAs share a head while that leaves none waiting, in either direction. Both give the same
+// bits.
+Status launch_directions(const BackwardParams& params, const BackwardWorkspace& workspace,
+                         unsigned directions, CUstream_st* stream) {
+  const ForwardShape& shape = params.forward.shape;
+  int sms = 0;
+  if (Status status = multiprocessors(sms); !status.ok()) return status;
+  const int64_t chains = (shape.has_segment_ids ? shape.B * shape.T : shape.B) * shape.HV;
+  if (shape.B * shape.HV * 2 * directions <= sms)
+    return launch<1>(params, workspace, chains, sms, directions, stream);
+  return launch<2>(params, workspace, chains, sms, directions, stream);
 }
 
 }  // namespace
@@ -45,16 +59,14 @@ Status initialize_chunk_state_gradient() {
   return raise_limit<2>();
 }
 
-// Two CTAs share a head while that leaves none waiting, in either direction. Both give the same
-// bits.
 Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                                    CUstream_st* stream) {
-  const ForwardShape& shape = params.forward.shape;
-  int sms = 0;
-  if (Status status = multiprocessors(sms); !status.ok()) return status;
-  const int64_t chains = (shape.has_segment_ids ? shape.B * shape.T : shape.B) * shape.HV;
-  if (shape.B * shape.HV * 4 <= sms) return launch<1>(params, workspace, chains, sms, stream);
-  return launch<2>(params, workspace, chains, sms, stream);
+  return launch_directions(params, workspace, /*directions=*/2, stream);
+}
+
+Status launch_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
+                             CUstream_st* stream) {
+  return launch_directions(params, workspace, /*directions=*/1, stream);
 }
 
 }  // namespace jax_flashkda::sm90

@@ -27,6 +27,13 @@ struct CombineConfig {
   };
 };
 
+// Where the maps of pieces go: state i of either is `stride` states behind the one before.
+struct MapPlaces {
+  float* offset;
+  float* factor;
+  int64_t stride;
+};
+
 // The place of a piece's maps in the workspace: B, then M.
 inline __host__ __device__ int64_t map_place(const ForwardShape& shape, const StatePieces& pieces,
                                              int64_t row, int64_t piece, int64_t head) {

@@ -8,6 +8,8 @@
 // from piece to piece, S_p+1 = M_p S_p + B_p in fp32, and leaves each state in B's place, where
 // chunk_state_output finds what its piece starts from.
 //
+// state_maps stops after the maps, of one piece: the first segment of each row.
+//
 // Grids: persistent CTAs over (row, piece, value head); a CTA for each (row, value head) and
 // 8 columns of V. Read: the workspace's operands, v, initial_state. Written: the piece maps.
 #pragma once
@@ -23,6 +25,7 @@ using namespace state_scan;
 struct MapWarps {
   const ForwardParams& p;
   const ForwardWorkspace& w;
+  const MapPlaces& maps;
   const Place at;
   State offset, factor;
 
@@ -66,23 +69,23 @@ struct MapWarps {
     const ChunkHeader header = stage.header;
     stage.release(at.lane);
     stage.release_rows(at.lane);
-    if (!header.last) return;
-    float* maps = reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) + w.piece_maps);
-    const int64_t place = map_place(p.shape, w.pieces, header.token / p.shape.T, header.piece,
-                                    header.head);
-    store_state(offset, maps, place + kOffset, header, at);
-    store_state(factor, maps, place + kFactor, header, at);
+    if (!header.last || header.state < 0) return;  // a row has maps for one segment
+    const int64_t place =
+        map_place(p.shape, w.pieces, header.token / p.shape.T, header.piece, header.head) / kMaps;
+    store_state(offset, maps.offset, place * maps.stride, header, at);
+    store_state(factor, maps.factor, place * maps.stride, header, at);
   }
 };
 
 __global__ void __launch_bounds__(MapConfig::kThreads, 1)
     chunk_state_maps_kernel(const __grid_constant__ ForwardParams p,
-                            const __grid_constant__ ForwardWorkspace w) {
+                            const __grid_constant__ ForwardWorkspace w,
+                            const __grid_constant__ MapPlaces maps) {
   let_next_kernel_start();
   wait_for_earlier_kernel();  // all of the workspace
   const Share share = {blockIdx.x, gridDim.x, w.pieces.count - 1, w.pieces.tokens};
   scan<MapConfig>(p, w, p.v, share, [&](MapConfig::Shared& s, const Place& at) {
-    MapWarps warps{p, w, at};
+    MapWarps warps{p, w, maps, at};
     consume_chunks<MapConfig>(s, warps);
   });
 }

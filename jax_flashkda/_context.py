@@ -1,0 +1,550 @@
+"""Context parallelism: T split over a mesh axis, each device a contiguous shard of every row.
+
+A shard takes the state S of the segment that runs into it to M S + B, both of them [K, ..] and
+float32, whatever its length. So shards exchange their maps (M, B), not tokens:
+
+    forward     M and B of each shard; all_gather; S of each shard by S <- M S + B over the shards
+                before it; then the op on the shard, from S.
+    backward    C, the gradient of S with none from behind; all_gather of (M, C);
+                dS <- M^T dS + C over the shards after it; then the op's gradient on the shard.
+
+Segments are those of the whole row: equal ids on both sides of an edge are one segment. What a row
+needs of them are few numbers of each shard, which are exchanged first (`_Rows`). A shard lies
+*inside* of a segment that goes on on both sides; else its *tail*, the segment that goes on in the
+next shard, begins in it. Maps are those of the tail, and only inside is C a pass of its own: tokens
+that a pass leaves out are padding to it, which costs next to nothing. Without segment ids a shard
+is cut into pieces, rows of their own, whose maps are combined alike: few long rows of few heads
+would leave most of a device idle.
+
+All results of a shard are its own contributions: what all shards share (states and gate parameters)
+enters and leaves through `pcast` and `psum`, so the sums of their gradients are JAX's.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from . import _primitives, _segments, _vjp
+from ._problem import Problem
+from ._segments import CHUNK
+
+# ------------------------------------------------------------------------------ from mesh to shard
+
+
+def attend(problem: Problem, *operands):
+    """`_vjp.attend` with T split over the mesh axis `problem.context_axis`."""
+    axes, shardings = problem.axes, [jax.typeof(operand).sharding for operand in operands]
+    batch, heads = _primitives.split(problem, operands, shardings)
+    return on_shards(
+        "kimi_delta_attention",
+        problem.context_axis,
+        functools.partial(_attend_shard, problem),
+        operands,
+        [axes[name] for name in problem.operand_names],
+        tuple(axes[name] for name in problem.result_names),
+        {"B": batch, "H": heads, "HV": heads},
+    )
+
+
+def on_shards(function, axis, call, operands, axes, result_axes, split):
+    """call(*operands) where the mesh axis `axis` is manual and operands are shards of T.
+
+    `axes` names the axes of every operand by letters, `result_axes` those of the results. "T" is
+    what `axis` splits; `split` says which other mesh axes the letters lie over.
+    """
+    mesh = _primitives.mesh_of(operands)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    T = next(x.shape[letters.index("T")] for x, letters in zip(operands, axes, strict=True))
+    _check(function, axis, mesh, types, T, split)
+    if types[axis] == AxisType.Manual:
+        return call(*operands)
+    return _shard_map(mesh, call, operands, axes, result_axes, split | {"T": (axis,)}, {axis})
+
+
+def _shard_map(mesh, call, operands, axes, result_axes, split, names=frozenset()):
+    """`call` where the Explicit mesh axes and those of `names` are manual."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = {name for name, kind in types if kind == AxisType.Explicit}
+    specs = [_spec(letters, split) for letters in axes]
+    if explicit:
+        operands = [
+            jax.sharding.reshard(
+                x, NamedSharding(mesh, P(*(_only(entry, explicit) for entry in s)))
+            )
+            for x, s in zip(operands, specs, strict=True)
+        ]
+    mapped = jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=tuple(specs),
+        out_specs=jax.tree.map(lambda x: _spec(x, split), result_axes, is_leaf=_is_letters),
+        axis_names=explicit | names,
+    )
+    return mapped(*operands)
+
+
+def _spec(letters, split):
+    return P(*(split.get(letter) or None for letter in letters))
+
+
+def _is_letters(x):
+    return all(isinstance(letter, str) for letter in x)
+
+
+def _only(entry, names):
+    """What an entry of a PartitionSpec has of `names`."""
+    return tuple(name for name in _primitives.axes_of(entry) if name in names) or None
+
+
+def _check(function, axis, mesh, types, T, split):
+    def refuse(why):
+        raise ValueError(f"{function}:\n  context_axis: got {axis!r}, {why}")
+
+    if mesh.empty:
+        refuse(
+            "but there is no mesh; call it inside jax.shard_map over that axis, or under "
+            "jax.set_mesh(mesh), or leave context_axis out"
+        )
+    if axis not in types:
+        refuse(f"but the mesh has axes {', '.join(map(repr, types))}; name one of them")
+    for letter, entry in split.items():
+        if axis in entry:
+            what = "batch" if letter == "B" else "heads"
+            refuse(f"but that axis splits the {what} already; T needs a mesh axis of its own")
+    size = mesh.shape[axis]
+    if types[axis] != AxisType.Manual and T % size:
+        refuse(
+            f"over whose {size} devices T = {T} is to be split; a multiple of {size} is accepted: "
+            "add padding behind the tokens, with segment_ids that say so"
+        )
+
+
+def split_alike(x, letters):
+    """Over which mesh axes x is split, by letter, T left out."""
+    entries = zip(letters, jax.typeof(x).sharding.spec, strict=False)
+    return {letter: _primitives.axes_of(entry) for letter, entry in entries if letter != "T"}
+
+
+def extended(x, size, axis, before_all=0):
+    """A shard x [B, T, ..] with the `size` tokens before it, `before_all` before the first. Empty
+    shards remain so."""
+    T, shards, shard = x.shape[1], lax.axis_size(axis), lax.axis_index(axis)
+    blocks, distance = [x], 1
+    while size > 0 and T > 0:  # a shard shorter than that needs more than its neighbour
+        take = min(size, T)
+        block = x[:, T - take :]
+        if distance < shards:
+            pairs = [(i, i + distance) for i in range(shards - distance)]
+            block = lax.ppermute(block, axis, pairs)
+        blocks.insert(0, jnp.where(shard < distance, jnp.asarray(before_all, x.dtype), block))
+        size, distance = size - take, distance + 1
+    return jnp.concatenate(blocks, axis=1)
+
+
+# ------------------------------------------------------------------------- what shards know of rows
+
+
+class _Rows(NamedTuple):
+    """Where the segments of a shard lie in their rows. Of each shard [R, B], or its own [B]."""
+
+    continues: jax.Array  # [R, B]: the first segment goes on with the last one of the shard before
+    inside: jax.Array  # [R, B]: the shard lies inside one segment, which goes on on both sides
+    shard: jax.Array  # []
+    count: jax.Array  # [B]: segments of the shard
+    through: jax.Array  # [B]: the shard is the middle or the end of one segment, and no more
+    first: jax.Array  # [B]: state slot of its first segment
+    unused: jax.Array  # [B]: first slot without a segment; N but for the last shard: no other fills
+
+    def own(self, x):
+        """[B] of this shard, of [R, B]."""
+        return lax.dynamic_index_in_dim(x, self.shard, keepdims=False)
+
+    @property
+    def head(self):
+        """[B]: the first segment of this shard began in one before."""
+        return self.own(self.continues)
+
+    @property
+    def continued(self):
+        """[B]: the last segment of this shard ends in one behind."""
+        return self.own(_next(self.continues))
+
+
+def _next(continues):
+    """continues of the shard behind each; nothing follows the last."""
+    return jnp.concatenate([continues[1:], jnp.zeros_like(continues[:1])])
+
+
+def _rows(problem, named) -> _Rows:
+    axis, segment_ids = problem.context_axis, named.get("segment_ids")
+    shards, shard = lax.axis_size(axis), lax.axis_index(axis)
+    B, T = named["v"].shape[:2]
+    if segment_ids is None or T == 0:
+        continues = jnp.broadcast_to((jnp.arange(shards) > 0)[:, None] & (T > 0), (shards, B))
+        whole, counts = jnp.ones_like(continues), jnp.full((shards, B), min(T, 1), jnp.int32)
+    else:
+        valid, begins, _ = _segments.edges(segment_ids, problem.padding_segment_id)
+        count = jnp.sum(begins, axis=1, dtype=jnp.int32)
+        whole = (jnp.all(valid, axis=1) & (count == 1)).astype(jnp.int32)
+        own = jnp.stack([segment_ids[:, 0], segment_ids[:, -1], count, whole])
+        first, last, counts, whole = jnp.moveaxis(lax.all_gather(own, axis), 1, 0)
+        whole = whole > 0
+        padding = _segments.is_padding(first, problem.padding_segment_id)
+        before = jnp.roll(last, 1, axis=0)
+        continues = (jnp.arange(shards) > 0)[:, None] & ~padding & (first == before)
+    started = counts - continues
+    end = jnp.cumsum(started, axis=0)  # the slot behind the shard's last segment
+    pick = lambda x: lax.dynamic_index_in_dim(x, shard, keepdims=False)
+    return _Rows(
+        continues=continues,
+        inside=whole & continues & _next(continues),
+        shard=shard,
+        count=pick(counts),
+        through=pick(whole & continues),
+        first=pick(end - counts),
+        unused=jnp.where(shard == shards - 1, end[-1], problem.max_segments),
+    )
+
+
+def _tail(problem, rows: _Rows, named):
+    """[B, T]: the tokens of the tail; None without segment ids, where it is all of them."""
+    if not problem.has_segment_ids:
+        return None
+    segment, _ = _segments.places(named["segment_ids"], problem.padding_segment_id)
+    last = segment == rows.count[:, None] - 1
+    return rows.continued[:, None] & last & ~_padding(problem, named)
+
+
+def _padding(problem, named):
+    return _segments.is_padding(named["segment_ids"], problem.padding_segment_id)
+
+
+def _slots(states, first, size):
+    """states[:, first[b] + i] for i < size, zero where there is no such slot: [B, size, ..]."""
+    index = first[:, None] + jnp.arange(size, dtype=first.dtype)
+    exists = (index >= 0) & (index < states.shape[1])
+    across = lambda x: x.reshape(*x.shape, *[1] * (states.ndim - 2))
+    clipped = jnp.clip(index, 0, states.shape[1] - 1)
+    return jnp.where(across(exists), jnp.take_along_axis(states, across(clipped), axis=1), 0)
+
+
+def _where(condition, x, y):
+    """x or y, [B, ..] or 0, for each row; of what is not selected nothing remains."""
+    rank = max(jnp.ndim(x), jnp.ndim(y))
+    return jnp.where(condition.reshape(-1, *[1] * (rank - 1)), x, y)
+
+
+# ---------------------------------------------------------------------------- forward and backward
+
+
+def _attend_shard(problem: Problem, *operands):
+    """The results of a shard, where `problem.context_axis` is manual."""
+    axis = problem.context_axis
+    operands = _primitives.vary_alike(_primitives.shard_alike(problem, operands), axis)
+    if lax.axis_size(axis) == 1:
+        results = _vjp.attend(dataclasses.replace(problem, context_axis=None), *operands)
+    else:
+        results = _attend(problem, *operands)
+    named = dict(zip(problem.result_names, results, strict=True))
+    if problem.return_final_state:  # shards fill different slots
+        named["final_state"] = lax.psum(named["final_state"], axis)
+    return tuple(named.values())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(problem, *operands):
+    return _on_rows(problem, _forward, operands)[0]
+
+
+def _forward_rule(problem, *operands):
+    results, maps = _on_rows(problem, _forward, operands)
+    if problem.residual_name is not None:
+        name = functools.partial(checkpoint_name, name=problem.residual_name)
+        operands, results, maps = jax.tree.map(name, (operands, results, maps))
+    return results, (operands, maps)
+
+
+def _backward_rule(problem, saved, cotangents):
+    operands, maps = saved
+    gradients = _on_rows(problem, _backward, (*operands, *maps, *cotangents))
+    named = dict(zip(problem.differentiable_names, gradients, strict=True))
+    return tuple(named.get(name) for name in problem.operand_names)
+
+
+_attend.defvjp(_forward_rule, _backward_rule)
+
+# What the backward needs of the forward besides its operands, of P pieces of a shard: their maps,
+# and the states they start from; with segment ids of one piece, and the state that comes in.
+_SAVED = {"M": ("B", "P", "HV", "K", "K"), "starts": ("B", "P", "HV", "K", "V")}
+
+
+def _on_rows(problem, stage, operands):
+    """`stage` of a shard; also where mesh axes of batch or heads are still Explicit."""
+    mesh, call = _primitives.mesh_of(operands), functools.partial(stage, problem)
+    if AxisType.Explicit not in mesh.axis_types:
+        return call(*operands)
+    shardings = [jax.typeof(operand).sharding for operand in operands]
+    batch, heads = _primitives.split(problem, operands, shardings)
+    axes, saved = problem.axes, tuple(_SAVED.values())
+    arguments = tuple(axes[name] for name in problem.operand_names)
+    results = tuple(axes[name] for name in problem.result_names)
+    if stage is _forward:
+        result_axes = results, saved
+    else:
+        arguments = (*arguments, *saved, *results)
+        result_axes = tuple(axes[name] for name in problem.differentiable_names)
+    split = {"B": batch, "H": heads, "HV": heads}
+    return _shard_map(mesh, call, operands, arguments, result_axes, split)
+
+
+def _forward(problem, *operands):
+    """(results, (M, starts)) of a shard."""
+    named = problem.named(operands)
+    rows, initial = _rows(problem, named), _initial_state(problem, named)
+    pieces = _pieces(problem, named)
+    M, B = _maps(problem, named, pieces, _tail(problem, rows, named))
+    start = _slots(initial, rows.first + rows.count - 1, 1)[:, 0]
+    # Behind the last piece, from where the tail begins: from no state if it came in.
+    behind = _states(M, B, _where(rows.through, 0, start))[:, -1]
+    incoming = _scan(problem.context_axis, rows, _total(M), behind)
+    if problem.has_segment_ids:
+        wanted = problem.has_initial_state or problem.return_final_state
+        states = _slots(initial, rows.first, problem.max_segments if wanted else 1)
+        starts = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
+        saved = incoming[:, None]
+    else:
+        starts = saved = _states(M, B, _where(rows.head, incoming, initial[:, 0]))[:, :-1]
+    o, ends = _run(problem, named, pieces, starts)
+    results = dict(o=o)
+    if problem.return_final_state:
+        ended = rows.count - rows.continued
+        ends = ends if problem.has_segment_ids else ends[:, -1:]
+        results["final_state"] = _spread(rows, [(ends, rows.first, 0, ended)], initial)
+    return tuple(results[name] for name in problem.result_names), (M, saved)
+
+
+def _backward(problem, *operands):
+    """The gradients of a shard's operands, from these, `_SAVED` and the results' cotangents."""
+    named = problem.named(operands)
+    M, starts, *cotangents = operands[len(named) :]
+    d = dict(zip(problem.result_names, cotangents, strict=True))
+    rows, initial = _rows(problem, named), _initial_state(problem, named)
+    d_final = d.get("final_state", jnp.zeros_like(initial))
+    backward = _backward_of_segments if problem.has_segment_ids else _backward_of_rows
+    gradients, d_slots = backward(problem, named, rows, M, starts, initial, d["o"], d_final)
+    if problem.has_initial_state:
+        gradients["initial_state"] = _spread(rows, d_slots, d_final)
+    return tuple(gradients[name] for name in problem.differentiable_names)
+
+
+def _backward_of_rows(problem, named, rows, M, starts, initial, d_o, d_final):
+    """Of rows that are one segment each: gradients by name, and those of slots for `_spread`."""
+    pieces = M.shape[1]
+    C = _state_gradients(problem, named, pieces, d_o)
+    d_start = _states_back(M, C, _where(rows.continued, 0, d_final[:, 0]))[:, 0]
+    d_state = _scan_back(problem.context_axis, rows, _total(M), d_start)
+    d_ends = _states_back(M, C, _where(rows.continued, d_state, d_final[:, 0]))[:, 1:]
+    gradients, d_starts = _pull_back(problem, named, pieces, d_o, starts, d_ends)
+    return gradients, [(d_starts[:, :1], rows.first, rows.head, rows.count)]
+
+
+def _backward_of_segments(problem, named, rows, M, starts, initial, d_o, d_final):
+    """Of packed rows."""
+    tail = _tail(problem, rows, named)
+    incoming, inside = starts[:, 0], rows.own(rows.inside)
+
+    # All that ends here. The first segment's initial state is the one that comes in.
+    states = _slots(initial, rows.first, problem.max_segments)
+    states = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
+    d_ends = _slots(d_final, rows.first, problem.max_segments)
+    rest = ~tail & ~_padding(problem, named)
+    d_rest, d_starts = _pull_back(problem, named, 1, d_o, states, d_ends, rest)
+
+    C = _state_gradients(problem, named, 1, d_o, tail & inside[:, None])
+    C = _where(inside, C, d_starts[:, :1])
+    d_state = _scan_back(problem.context_axis, rows, M[:, 0], C[:, 0])
+
+    last = rows.first + rows.count - 1
+    start = _where(rows.through, incoming[:, None], _slots(initial, last, 1))
+    d_tail, d_start = _pull_back(problem, named, 1, d_o, start, d_state[:, None], tail)
+
+    ended, head = rows.count - rows.continued, rows.head.astype(jnp.int32)
+    began = (rows.continued & ~rows.through).astype(jnp.int32)
+    d_slots = [(d_starts, rows.first, head, ended), (d_start, last, 0, began)]
+    return {name: _merge(name, tail, d_tail[name], x) for name, x in d_rest.items()}, d_slots
+
+
+def _merge(name, tail, of_tail, of_rest):
+    if name in ("A_log", "dt_bias"):
+        return of_tail + of_rest
+    return jnp.where(tail.reshape(*tail.shape, *[1] * (of_rest.ndim - 2)), of_tail, of_rest)
+
+
+def _initial_state(problem, named):
+    """[B, N, HV, K, V], zeros where there is none."""
+    if problem.has_initial_state:
+        return named["initial_state"]
+    return _no_states(named, problem.max_segments)
+
+
+def _no_states(named, count):
+    v, K = named["v"], named["k"].shape[-1]
+    B, _, HV, V = v.shape
+    return jnp.zeros((B, count, HV, K, V), jnp.promote_types(v.dtype, jnp.float32))
+
+
+def _spread(rows, parts, otherwise):
+    """[B, N, ..] slots of whole rows: this shard's, of `parts` (states, slot of the first, begin,
+    end) those from begin to end; zero where they are another's; `otherwise` where no segment is."""
+    N = otherwise.shape[1]
+    slot = jnp.arange(N, dtype=jnp.int32)
+    across = lambda x: x.reshape(*x.shape, *[1] * (otherwise.ndim - 2))
+    spread = jnp.where(across(slot >= rows.unused[:, None]), otherwise, 0)
+    for states, first, begin, end in parts:
+        place = slot - first[:, None]
+        mine = (place >= jnp.reshape(begin, (-1, 1))) & (place < end[:, None])
+        spread = jnp.where(across(mine), _slots(states, -first, N), spread)
+    return spread
+
+
+# ------------------------------------------------------------------------------------------- maps
+
+
+def _scan(axis, rows, M, B):
+    """The state that comes into this shard, [B, HV, K, V]; zero where nothing does."""
+    maps, K = lax.all_gather(jnp.concatenate([M, B], axis=-1), axis), M.shape[-1]
+    state = jnp.zeros_like(B)
+    for s in range(maps.shape[0] - 1):
+        M, B = maps[s, ..., :K], maps[s, ..., K:]
+        after = _where(rows.inside[s], _product(M, state) + B, B)
+        after = _where(rows.continues[s + 1], after, 0)
+        state = jnp.where(s < rows.shard, after, state)
+    return state
+
+
+def _scan_back(axis, rows, M, C):
+    """The gradient of the state that this shard hands on, [B, HV, K, V]; zero where none does."""
+    maps, K = lax.all_gather(jnp.concatenate([M, C], axis=-1), axis), M.shape[-1]
+    d_state = jnp.zeros_like(C)
+    for s in reversed(range(1, maps.shape[0])):
+        M, C = maps[s, ..., :K], maps[s, ..., K:]
+        before = _where(rows.inside[s], _product(M, d_state, transposed=True) + C, C)
+        before = _where(rows.continues[s], before, 0)
+        d_state = jnp.where(s > rows.shard, before, d_state)
+    return d_state
+
+
+def _states(M, B, state):
+    """The states [B, P + 1, HV, K, V] ahead of all P pieces of a shard and behind the last, from
+    that ahead of the first."""
+    states = [state]
+    for p in range(M.shape[1]):
+        states.append(_product(M[:, p], states[-1]) + B[:, p])
+    return jnp.stack(states, axis=1)
+
+
+def _states_back(M, C, d_state):
+    """The gradients of these states, from that of the last."""
+    d_states = [d_state]
+    for p in reversed(range(M.shape[1])):
+        d_states.append(_product(M[:, p], d_states[-1], transposed=True) + C[:, p])
+    return jnp.stack(d_states[::-1], axis=1)
+
+
+def _total(M):
+    """M of all pieces of a shard together."""
+    return functools.reduce(
+        lambda total, p: _product(M[:, p], total), range(1, M.shape[1]), M[:, 0]
+    )
+
+
+def _product(M, state, transposed=False):
+    rule = "bhji,bhjv->bhiv" if transposed else "bhij,bhjv->bhiv"
+    return jnp.einsum(rule, M, state, precision=lax.Precision.HIGHEST)
+
+
+# ------------------------------------------------------------------------- the op on the own shard
+
+# Pieces fill the 132 multiprocessors of an H200, and are long enough for what each costs besides.
+_CHAINS, _LEAST_PIECE = 132, 8 * CHUNK
+
+
+def _pieces(problem, named):
+    """How many rows to make of each: all equal, of whole chunks. By the shape, whatever runs it."""
+    B, T, HV, _ = named["v"].shape
+    most = 1 if problem.has_segment_ids else _CHAINS // max(B * HV, 1)
+    fits = lambda p: T % (p * CHUNK) == 0 and T >= p * _LEAST_PIECE
+    return next((p for p in range(most, 1, -1) if fits(p)), 1)
+
+
+def _maps(problem, named, pieces, mask):
+    """M [B, P, HV, K, K] and B [B, P, HV, K, V] of the segment that `mask` leaves of each piece
+    (None: of all of it). Anything where it leaves none."""
+    problem = _local(problem, 1, return_final_state=False, has_initial_state=False)
+    operands = _cut(problem.signature("state_maps")[0], named, pieces, mask)
+    maps = _primitives.state_maps(problem, *operands)
+    return tuple(x.reshape(-1, pieces, *x.shape[1:]) for x in maps)
+
+
+def _run(problem, named, pieces, states):
+    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]."""
+    problem = _local(problem, states.shape[1] // pieces)
+    operands = _cut(problem.operand_names, named | {"initial_state": states}, pieces)
+    o, ends = _primitives.forward(problem, *operands)
+    return o.reshape(named["v"].shape), ends.reshape(states.shape)
+
+
+def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None):
+    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves."""
+    problem = _local(problem, states.shape[1] // pieces)
+    given = named | {"initial_state": states, "o": d_o, "final_state": d_ends}
+    operands = _cut(problem.signature("backward")[0], given, pieces, mask)
+    gradients = dict(
+        zip(problem.differentiable_names, _primitives.backward(problem, *operands), strict=True)
+    )
+    d_states = gradients.pop("initial_state").reshape(states.shape)
+    for name, x in gradients.items():
+        if name in ("A_log", "dt_bias"):
+            gradients[name] = x.reshape(-1, pieces, *x.shape[1:]).sum(axis=1)
+        else:
+            gradients[name] = x.reshape(named[name].shape)
+    return gradients, d_states
+
+
+def _state_gradients(problem, named, pieces, d_o, mask=None):
+    """C [B, P, HV, K, V]: the gradients of the states that pieces start from, none from behind;
+    for the tokens that `mask` leaves."""
+    zeros = _no_states(named, pieces)
+    problem = _local(problem, 1)
+    given = named | {"initial_state": zeros, "o": d_o, "final_state": zeros}
+    operands = _cut(problem.signature("state_gradient")[0], given, pieces, mask)
+    (C,) = _primitives.state_gradient(problem, *operands)
+    return C.reshape(zeros.shape)
+
+
+def _local(problem, max_segments, **changes):
+    """The problem of the shard alone."""
+    changes = dict(return_final_state=True, has_initial_state=True) | changes
+    return dataclasses.replace(
+        problem, context_axis=None, residual_name=None, max_segments=max_segments, **changes
+    )
+
+
+def _cut(names, named, pieces, mask=None):
+    """Operands in the order of `names`, each row cut into pieces, and all but `mask` padding."""
+    if mask is not None:  # negative ids are padding whatever else is
+        named = named | {"segment_ids": jnp.where(mask, named["segment_ids"], -1)}
+
+    def cut(name, x):
+        if name in ("A_log", "dt_bias"):
+            return jnp.repeat(x, pieces, axis=0)
+        return x.reshape(-1, x.shape[1] // pieces, *x.shape[2:])
+
+    return [named[name] if pieces == 1 else cut(name, named[name]) for name in names]

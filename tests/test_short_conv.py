@@ -525,7 +525,7 @@ def test_the_layer_uses_them(declared_kernels, monkeypatch):
     monkeypatch.setattr(
         _support,
         "unsupported_reasons",
-        lambda problem, *_: () if "conv" in problem.function else ("none",),
+        lambda problem, *_, **__: () if "conv" in problem.function else ("none",),
     )
     layer = KimiDeltaAttention(32, 2, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = normal(2, 8, 32, dtype=jnp.bfloat16)

@@ -42,6 +42,7 @@ from shapes import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+SEVERAL_GPUS = "test_sharded or test_another_device_first or test_context_parallel"
 RECORD = ROOT / "benchmarks" / "results" / "h200.json"
 
 
@@ -199,6 +200,8 @@ def run_tests(arguments, gpus=None) -> dict:
             "-m",
             "gpu",
             "-q",
+            "-p",
+            "no:benchmark",  # where it is installed, it warns beside xdist, and warnings are errors
             f"--junitxml={report}",
             *arguments,
         ]
@@ -358,7 +361,7 @@ def main():
     keep()
     if options.beside and not options.no_tests:
         tests.join()
-        several = [*options.pytest, "-k", "test_sharded or test_another_device_first"]
+        several = [*options.pytest, "-k", SEVERAL_GPUS]
         keep(tests_of_two_gpus=run_tests(several, "0,1"))
     if peer_seconds > 0:
         whole &= attempt("peers", lambda: time_peers(record, peer_seconds))

@@ -200,7 +200,7 @@ def _rows(problem, named) -> _Rows:
         before = jnp.roll(last, 1, axis=0)
         continues = (jnp.arange(shards) > 0)[:, None] & ~padding & (first == before)
     started = counts - continues
-    end = jnp.cumsum(started, axis=0)  # the slot behind the shard's last segment
+    end = jnp.cumsum(started, axis=0, dtype=jnp.int32)  # the slot behind the last segment
     pick = lambda x: lax.dynamic_index_in_dim(x, shard, keepdims=False)
     return _Rows(
         continues=continues,

@@ -128,8 +128,7 @@ Status state_maps(const StateMapsParams& given, CUstream_st* stream) {
   StateMapsParams params = given;
   params.forward.workspace = aligned_workspace(given.forward.workspace);
   params.forward.nonzero_beta = false;
-  const ForwardWorkspace workspace =
-      forward_workspace(params.forward.shape, StageOrder::kSerial);
+  const ForwardWorkspace workspace = forward_workspace(params.forward.shape, StageOrder::kSerial);
   if (!has_tokens(params.forward.shape)) return {};
   if (Status status = prepare_chunks(params.forward, workspace, stream); !status.ok())
     return status;

@@ -114,10 +114,10 @@ bool check_maps(Case c) {
     for (int64_t row = 0; row < s.K; ++row)
       for (int64_t j = 0; j < s.K; ++j)
         for (int64_t v = 0; v < s.V; ++v)
-          behind[i * state + row * s.V + v] += double(M[i * state + row * s.K + j]) *
-                                               c.call.initial_state[i * state + j * s.V + v];
-  const double error = relative_rms(oracle::forward(c.call).final_state,
-                                    [&](size_t i) { return behind[i]; });
+          behind[i * state + row * s.V + v] +=
+              double(M[i * state + row * s.K + j]) * c.call.initial_state[i * state + j * s.V + v];
+  const double error =
+      relative_rms(oracle::forward(c.call).final_state, [&](size_t i) { return behind[i]; });
   const bool accurate = error <= c.limit;  // false for NaN
   std::printf("%-44s M S + B %.2e  (limit %.3f)%s%s\n", c.name.c_str(), error, c.limit,
               accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
@@ -131,8 +131,8 @@ std::vector<Case> map_cases() {
     list.push_back(make_case("maps, T " + std::to_string(T), raw_shape(G::kSoftplus, 2, T, 1, 2),
                              {Regime::kRandom, Regime::kSlow}));
   list.push_back(make_case("maps, GVA 2 / 6", raw_shape(G::kBounded, 2, 90, 2, 6)));
-  list.push_back(make_case("maps, no decay", shape(1, 130, 1, 1),
-                           {Regime::kRandom, Regime::kNone}));
+  list.push_back(
+      make_case("maps, no decay", shape(1, 130, 1, 1), {Regime::kRandom, Regime::kNone}));
   list.push_back(make_case("maps, more than one a CTA", raw_shape(G::kSoftplus, 2, 280, 80, 80)));
   // Padding before the segment and behind it; and segments behind it, which have no maps.
   list.push_back(packed_case("maps, packed", 2, 2, 1,

@@ -11,7 +11,7 @@ one, in whatever schedule it picks for the shape. Raw inputs, bfloat16, as in ru
 import argparse
 import functools
 
-import run
+import timing
 
 CALL = dict(gate="softplus", beta_is_logits=True, qk_l2norm=True, implementation="cuda")
 
@@ -94,9 +94,9 @@ def main():
     if options.documents is not None:
         lengths = [options.documents] * (options.tokens // options.documents)
         lengths += [options.tokens % options.documents] * bool(options.tokens % options.documents)
-    run.SHAPES["context"] = (1, options.tokens, options.heads, options.heads, lengths)
-    arrays = run.make_inputs("context", options.gate, 0)
-    d_o = run.make_inputs("context", options.gate, 1)["v"]
+    dims = (1, options.tokens, options.heads, options.heads, lengths)
+    arrays = timing.make_inputs(dims, options.gate, 0)
+    d_o = timing.make_inputs(dims, options.gate, 1)["v"]
     arrays, d_o = jax.device_get((arrays, d_o))  # each program has its own on the GPUs
     print(f"{options.tokens} tokens, {options.heads} heads, {options.gate} gate, ", end="")
     print(f"documents of {options.documents or options.tokens} tokens")
@@ -108,7 +108,7 @@ def main():
         forward, training, place = programs(n, lengths is not None)
         inputs = [place(arrays, d_o)]
         times = [
-            run.median_ms(lambda inputs, f=f: f(*inputs), inputs, 5) for f in (forward, training)
+            timing.single_ms(lambda inputs, f=f: f(*inputs), inputs, 5) for f in (forward, training)
         ]
         one = one or times
         cells = [f"{t:.2f} | {t1 / (n * t):.0%}" for t, t1 in zip(times, one, strict=True)]

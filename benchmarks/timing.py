@@ -232,7 +232,7 @@ def training_inputs(dims, gate) -> Inputs:
 
 def median_ms(program, inputs, repeats=5) -> float:
     """Of one call."""
-    one = _single_ms(program.call, inputs.first(inputs.rotation), repeats)
+    one = single_ms(program.call, inputs.first(inputs.rotation), repeats)
     return one if one >= SMALL_MS else _unrolled_ms(program, inputs, repeats)
 
 
@@ -251,7 +251,7 @@ def median_of(run, repeats):
     return statistics.median(timed(n) for _ in range(repeats))
 
 
-def _single_ms(call, sets, repeats):
+def single_ms(call, sets, repeats):
     def run(n):
         for i in range(n):
             result = call(sets[i % len(sets)])

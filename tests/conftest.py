@@ -10,6 +10,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+# Workers of pytest-xdist get a core each: XLA's pools have a thread for every core that a process
+# may use, and the references that the GPU tests wait for would fight for them.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER.startswith("gw") and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER[2:]) % len(cores)]})
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

@@ -168,9 +168,7 @@ def test_logits_of_transformers(tmp_path, variant):
             logits, cache = step(model, token, cache)
             logits = logits[:, 0]
             with torch.no_grad():
-                theirs_so_far = theirs(
-                    torch.tensor(token), past_key_values=theirs_so_far.past_key_values
-                )
+                theirs_so_far = theirs(torch.tensor(token), cache=theirs_so_far.cache)
 
     # And back: what we save, transformers loads to the last bit.
     kimi_linear.save(model, tmp_path / "ours")

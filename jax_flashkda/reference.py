@@ -105,7 +105,9 @@ def chunked(q, k, v, g, beta, *, initial_state=None, operand_dtype=jnp.float32, 
     q, k, v, g, beta = prepare(q, k, v, g, beta, dtype=jnp.float32, **options)
     state = _initial(initial_state, k, v, jnp.float32)
     T = q.shape[2]
-    pad = -T % CHUNK
+    # A short row is one chunk of no more sub-blocks than it needs.
+    size = min(CHUNK, -(-T // SUB_BLOCK) * SUB_BLOCK) or CHUNK
+    pad = -T % size
     q, k, v, g, beta = (
         jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3)) for x in (q, k, v, g, beta)
     )
@@ -128,7 +130,7 @@ def chunked(q, k, v, g, beta, *, initial_state=None, operand_dtype=jnp.float32, 
         return state + einsum("bhck,bhcv->bhkv", decayed(k, _sum_after(g)), U), o
 
     chunks = tuple(
-        jnp.moveaxis(x.reshape(*x.shape[:2], -1, CHUNK, *x.shape[3:]), 2, 0)
+        jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
         for x in (q, k, v, g, beta)
     )
     state, o = jax.lax.scan(chunk, state, chunks)
@@ -151,13 +153,14 @@ def _sum_after(g):
 
 def _scores(q, k, g, decayed):
     """A_qk (i >= j, q already scaled) and A_kk (i > j, without beta), [B, HV, C, C], in sub-blocks
-    of 16 rows.
+    of 16 rows; C is a multiple of 16.
 
     Blocks below the diagonal meet at the row block's start, so that every exponent is <= 0; the
     diagonal blocks take the exponent of each pair, which is right for any gate.
     """
     einsum = functools.partial(jnp.einsum, precision="highest")
-    M = CHUNK // SUB_BLOCK
+    C = q.shape[2]
+    M = C // SUB_BLOCK
     blocks = lambda x: x.reshape(*x.shape[:2], M, SUB_BLOCK, x.shape[-1])
     q_, k_, g_ = blocks(q), blocks(k), blocks(g)
     G = jnp.cumsum(
@@ -181,7 +184,7 @@ def _scores(q, k, g, decayed):
             cols = decayed(k_[:, :, j], between)
             qk.append(einsum("bhik,bhjk->bhij", rows[0], cols))
             kk.append(einsum("bhik,bhjk->bhij", rows[1], cols))
-        zero = jnp.zeros((*q.shape[:2], SUB_BLOCK, CHUNK - (i + 1) * SUB_BLOCK), q.dtype)
+        zero = jnp.zeros((*q.shape[:2], SUB_BLOCK, C - (i + 1) * SUB_BLOCK), q.dtype)
         row_qk.append(jnp.concatenate([*qk, diagonal_qk[:, :, i], zero], axis=-1))
         row_kk.append(jnp.concatenate([*kk, diagonal_kk[:, :, i], zero], axis=-1))
     return jnp.tril(jnp.concatenate(row_qk, axis=-2)), jnp.tril(

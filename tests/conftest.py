@@ -16,6 +16,11 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 if WORKER.startswith("gw") and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(WORKER[2:]) % len(cores)]})
+# And of several GPUs every worker has all, each worker another one first.
+gpus = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+if WORKER.startswith("gw") and gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    order = [str((int(WORKER[2:]) + i) % gpus) for i in range(gpus)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(order)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

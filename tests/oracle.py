@@ -198,7 +198,10 @@ def _evaluate_arrays(case, arrays, kind, gradients):
             if name.startswith(("dA_log", "d_dt_bias")):
                 sums.setdefault(name, []).append(out[name])
     for name, parts in sums.items():
-        results[name] = np.concatenate(parts) if name.endswith("summands") else sum(parts)
+        if name.endswith("summands"):
+            results[name] = np.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in parts], axis=1)
+        else:
+            results[name] = sum(parts)
     for name in ("dA_log", "d_dt_bias"):
         if name in results:
             results.setdefault(f"{name}_summands", results[name][None, None])
@@ -217,22 +220,28 @@ _REFERENCE_OPTIONS = (
     "scale",
 )
 
-# Elements of the states that the reference may keep for its gradient at a time: 2 GB in float64.
-MOST_KEPT = 2**28
+# Elements of the states that the reference may keep for its gradient at a time, 128 MB in float64:
+# with more, much of the time goes into getting pages from the system.
+MOST_KEPT = 2**24
+SHORT = 4  # tokens
 
 
 def _groups(segments, case):
-    """The segments in groups of one size, with the length they are padded to; empty segments fill
-    up the last group. Sizes are few, and so are compilations.
+    """The segments in groups of one size, with the length they are padded to, very short ones apart
+    from the others; empty segments fill up the last group of each. Sizes are few, and so are
+    compilations.
     """
-    if not segments:
-        return
-    length = _bucket(max(s[3] for s in segments), least=BLOCK)
-    most = max(1, MOST_KEPT // (length * case.HV * case.K * case.V))
-    size = min(_bucket(len(segments)), 1 << (most.bit_length() - 1))
-    for first in range(0, len(segments), size):
-        group = segments[first : first + size]
-        yield group + [(0, 0, 0, 0)] * (size - len(group)), length
+    short = [s for s in segments if s[3] <= SHORT]
+    others = [s for s in segments if s[3] > SHORT]
+    for alike in (short, others):
+        if not alike:
+            continue
+        length = _bucket(max(s[3] for s in alike), least=SHORT if alike is short else BLOCK)
+        most = max(1, MOST_KEPT // (length * case.HV * case.K * case.V))
+        size = min(_bucket(len(alike)), 1 << (most.bit_length() - 1))
+        for first in range(0, len(alike), size):
+            group = alike[first : first + size]
+            yield group + [(0, 0, 0, 0)] * (size - len(group)), length
 
 
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}

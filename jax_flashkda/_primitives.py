@@ -431,6 +431,11 @@ def _lower_cuda(stage, ctx, *operands, problem):
     if not _kernels_run(stage, problem, ctx.avals_in) or empty:
         return _lower_xla(stage, ctx, *operands, problem=problem)
     _extension.register()
+    if isinstance(problem, Problem):
+        dims = _support.kernel_dims(sizes["K"], sizes["V"])
+        if dims != (sizes["K"], sizes["V"]):
+            padded = functools.partial(_with_padded_heads, stage, problem, *dims)
+            return _lower_plain(padded, ctx, *operands)
     if isinstance(problem, ShortConvProblem):
         ctx, operands, problem = _with_slots(ctx, operands, problem)
     # Scratch memory is a result that nobody sees: a handler that allocated could not be captured
@@ -444,6 +449,27 @@ def _lower_cuda(stage, ctx, *operands, problem):
         ctx.replace(avals_out=[*ctx.avals_out, *scratch]), *operands, **_attributes(stage, problem)
     )
     return results[: len(ctx.avals_out)]
+
+
+def _with_padded_heads(stage, problem, K, V, *operands):
+    """The stage with head dims padded to K and V. Exact: the state's row of a channel that is zero
+    in k, and its column of one that is zero in v, are zeros, and so are their gradients.
+    """
+    operand_names, result_names = problem.signature(stage)
+    named = dict(zip(operand_names, operands, strict=True))
+    larger = {"K": K, "J": K, "V": V}
+    own = {"K": named["k"].shape[-1], "J": named["k"].shape[-1], "V": named["v"].shape[-1]}
+
+    def pad(name, x):
+        axes = zip(problem.axes[name], x.shape, strict=True)
+        return jnp.pad(x, [(0, larger.get(axis, size) - size) for axis, size in axes])
+
+    padded = [pad(name, x) for name, x in named.items()]
+    results = _PRIMITIVES[stage].bind(*padded, problem=problem)
+    return tuple(
+        x[tuple(slice(own.get(axis)) for axis in problem.axes[name])]
+        for name, x in zip(result_names, results, strict=True)
+    )
 
 
 def _with_slots(ctx, operands, problem):

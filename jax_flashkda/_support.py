@@ -54,6 +54,17 @@ def unsupported_reasons(
     return tuple(dict.fromkeys([*reasons, *_counts_too_large(problem, problem.sizes(operands))]))
 
 
+def kernel_dims(K: int, V: int) -> tuple[int, int] | None:
+    """The head dims of the kernels that take such a call of the op, padded with zeros: the smallest
+    that hold K and V, at most doubled, or None."""
+    holding = {
+        (row["K"], row["V"])
+        for row in _extension.variants()
+        if K <= row["K"] <= 2 * K and V <= row["V"] <= 2 * V
+    }
+    return min(holding, default=None)
+
+
 def _compiled(problem):
     """The compiled rows for such calls, and the rule that compares a call with some of them."""
     if isinstance(problem, ShortConvProblem | ShortConvStepProblem):
@@ -129,11 +140,14 @@ def _mismatches(named, variants):
     """What of the call no row takes, compared with the rows that come nearest to it."""
     dtypes = {name: np.dtype(named[name].dtype).name for name in ("v", "g", "beta")}
     K, V = named["k"].shape[-1], named["v"].shape[-1]
-    same_dims = [row for row in variants if (row["K"], row["V"]) == (K, V)]
-    if not same_dims:
+    holding = [row for row in variants if (row["K"], row["V"]) == kernel_dims(K, V)]
+    if not holding:
         dims = _listed(f"K = {row['K']}, V = {row['V']}" for row in variants)
-        yield f"there is no kernel for head dims K = {K}, V = {V} (compiled: {dims})"
-    nearest = same_dims or variants
+        yield (
+            f"there is no kernel for head dims K = {K}, V = {V} (compiled: {dims}; smaller ones "
+            "are padded, at most to twice their size)"
+        )
+    nearest = holding or variants
     takes_qkv = [row for row in nearest if row["qkv_dtype"] == dtypes["v"]]
     if not takes_qkv:
         taken = _listed(row["qkv_dtype"] for row in nearest)

@@ -256,7 +256,7 @@ def test_cuda_by_name_never_falls_back():
 @pytest.mark.parametrize(
     "changes, part",
     [
-        (dict(K=64, V=128), "K"),
+        (dict(K=32, V=128), "K = 32"),
         (dict(dtype="float32"), "float32"),
     ],
 )

@@ -101,6 +101,34 @@ def test_one_trace_lowers_for_every_platform(declared_kernels):
         assert "jax_flashkda" not in text and "stablehlo.while" in text
 
 
+@pytest.mark.parametrize("run", [attend, lambda arrays: gradient(arrays)])
+def test_smaller_heads_are_padded(run, declared_kernels):
+    text = lowered(run, "cuda", inputs(K=64))
+    results = re.search(r"func public @main.* -> (.*) {", text).group(1)
+    assert "x64xbf16" in results and "128" not in results
+    assert "jax_flashkda" in text and all(sizes["K"] == 128 for _, sizes in declared_kernels)
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward", "state_maps", "state_gradient"])
+def test_padding_of_heads_changes_no_result(stage):
+    arrays = inputs(K=12, dtype=jnp.float32) | dict(
+        A_log=jnp.zeros((2, 2)), dt_bias=jnp.ones((2, 2, 12))
+    )
+    states = stage != "state_maps"
+    if not states:
+        del arrays["initial_state"]
+    problem = Problem(
+        gate="bounded", qk_l2norm=True, scale=0.3, max_segments=3, return_final_state=states,
+        has_A_log=True, has_dt_bias=True, has_initial_state=states, has_segment_ids=True,
+    )  # fmt: skip
+    arrays |= dict(o=arrays["v"] + 1, final_state=arrays.get("initial_state"))
+    operands = [arrays[name] for name in problem.signature(stage)[0]]
+    expected = _primitives._PRIMITIVES[stage].bind(*operands, problem=problem)
+    got = _primitives._with_padded_heads(stage, problem, 16, 20, *operands)
+    for name, x, y in zip(problem.signature(stage)[1], got, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
 def test_the_call_carries_every_option(declared_kernels):
     options = dict(
         gate="bounded",
@@ -270,23 +298,23 @@ def test_xla_by_name_is_xla_on_an_nvidia_gpu(declared_kernels):
 
 
 def test_none_falls_back_with_one_warning_that_says_why(declared_kernels):
-    arrays = inputs(K=64)
+    arrays = inputs(K=32)
     with pytest.warns(RuntimeWarning) as warnings:
         for _ in range(2):
             text = lowered(attend, "cuda", arrays)
             assert "jax_flashkda" not in text
     (warning,) = warnings
     assert "uses XLA on an NVIDIA GPU" in str(warning.message)
-    assert "K = 64, V = 64 (compiled: K = 128, V = 128)" in str(warning.message)
+    assert "K = 32, V = 32 (compiled: K = 128, V = 128; smaller" in str(warning.message)
 
 
 @pytest.mark.parametrize("run", [attend, gradient])
 def test_cuda_by_name_never_falls_back(run, declared_kernels):
     run = functools.partial(run, implementation="cuda")
     with pytest.raises(NotImplementedError) as error:
-        lowered(run, "cuda", inputs(K=64, dtype=jnp.float16))
+        lowered(run, "cuda", inputs(K=32, dtype=jnp.float16))
     for reason in (
-        "K = 64, V = 64",
+        "K = 32, V = 32",
         "q, k, v are float16",
         "g is float16",
         "beta is float16",
@@ -324,8 +352,13 @@ def test_reasons(declared_kernels):
     assert reasons() == reasons("9.0") == ()
     assert reasons(dtypes=("bfloat16", "float32", "bfloat16")) == ()
     assert reasons("8.0") == ("the kernels are for compute capability 9.0, not 8.0",)
-    (dims,) = reasons(V=64)
-    assert dims == "there is no kernel for head dims K = 128, V = 64 (compiled: K = 128, V = 128)"
+    assert reasons(K=64, V=64) == reasons(V=64) == reasons(K=100) == ()
+    (dims,) = reasons(V=63)
+    assert dims == (
+        "there is no kernel for head dims K = 128, V = 63 (compiled: K = 128, V = 128; smaller "
+        "ones are padded, at most to twice their size)"
+    )
+    assert len(reasons(K=129)) == 1
     assert reasons(dtypes=("float32", "float16", "float64")) == (
         "q, k, v are float32, the kernels take bfloat16",
         "g is float16, the kernels take bfloat16 or float32",
@@ -336,7 +369,7 @@ def test_reasons(declared_kernels):
     )
     (slots,) = reasons(N=2**30)
     assert slots.startswith("B * HV * N is 2147483648") and "max_segments" in slots
-    assert len(reasons("8.0", V=64, B=2**31)) == 4  # an unknown architecture has no rows to compare
+    assert len(reasons("8.0", V=63, B=2**31)) == 4  # an unknown architecture has no rows to compare
 
 
 def test_reasons_come_from_the_nearest_rows(declared_kernels, monkeypatch):

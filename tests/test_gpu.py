@@ -123,6 +123,14 @@ def test_gradients():
     oracle.check(SMALL, dict(zip(("o", "final_state"), results, strict=True)) | named)
 
 
+@pytest.mark.parametrize("K, V", [(64, 64), (96, 128)])
+def test_smaller_heads(K, V):
+    """Padded to those of the kernels; packed, with states and grouped values."""
+    ids = ((1,) * 60 + (2,) * 140, (0,) * 50 + (3,) * 150)
+    case = dataclasses.replace(SMALL, K=K, V=V, H=8, HV=16, segment_ids=ids, max_segments=3)
+    oracle.check(case, run(case, "cuda"))
+
+
 def test_the_gradient_is_the_kernels():
     arrays, cotangents = SMALL.arrays(), SMALL.cotangents()
 

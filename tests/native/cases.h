@@ -282,6 +282,12 @@ inline std::vector<Case> cases(bool quick) {
   list.push_back(packed_case(
       "extreme ids", 1, 1, 3,
       ids_from_lengths({{INT32_MAX, 33}, {INT32_MIN, 7}, {INT32_MAX, 65}, {-5, 1}, {17, 100}})));
+  for (int64_t HV : {2, 80})
+    list.push_back(packed_case(
+        "short segments without states, H " + std::to_string(HV), 1, HV, 2,
+        ids_from_lengths({{1, 16}, {2, 17}, {3, 32}, {0, 3}, {4, 33}, {5, 48}, {6, 63}, {7, 64},
+                          {8, 1}, {9, 65}, {1, 49}}),
+        /*states=*/false));
   list.push_back(packed_case("all padding", 1, 2, 2, ids_from_lengths({{0, 40}, {-1, 60}})));
   list.push_back(packed_case("one segment, slots to spare", 1, 1, 3, ids_from_lengths({{4, 100}})));
   list.push_back(make_case("80 heads: whole heads, several chunks a CTA",

@@ -74,24 +74,25 @@ struct TimedInputs {
   jax_flashkda::ForwardParams params{};
 };
 
-// CUDA events, median over repeats.
+// CUDA events, median over repeats of at least 20 ms, or of a call.
 template <class Launch>
 double median_ms(Launch launch) {
   cudaEvent_t begin, end;
   CHECK_CUDA(cudaEventCreate(&begin));
   CHECK_CUDA(cudaEventCreate(&end));
-  for (int i = 0; i < 3; ++i) launch(i);
-  std::vector<float> times;
-  for (int repeat = 0; repeat < 7; ++repeat) {
-    constexpr int kCalls = 10;
+  auto time = [&](int calls) {
     CHECK_CUDA(cudaEventRecord(begin));
-    for (int i = 0; i < kCalls; ++i) launch(i);
+    for (int i = 0; i < calls; ++i) launch(i);
     CHECK_CUDA(cudaEventRecord(end));
     CHECK_CUDA(cudaEventSynchronize(end));
     float ms;
     CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
-    times.push_back(ms / kCalls);
-  }
+    return ms / calls;
+  };
+  const float warm = std::min(time(2), time(2));
+  const int calls = std::max(1, static_cast<int>(std::ceil(std::min(20.0f / warm, 100.0f))));
+  std::vector<float> times;
+  for (int repeat = 0; repeat < 7; ++repeat) times.push_back(time(calls));
   std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
   return times[times.size() / 2];
 }
@@ -108,7 +109,9 @@ inline std::vector<Shape> timed_shapes() {
       {"t2k_h12", 1, 2048, 12, 12, {}},
       {"t512_h32", 1, 512, 32, 32, {}},
       {"seg256x32_h32", 1, 8192, 32, 32, std::vector<int64_t>(256, 32)},
+      {"seg1024_h32", 1, 65536, 32, 32, std::vector<int64_t>(64, 1024)},
       {"seg16_h32", 1, 65536, 32, 32, std::vector<int64_t>(4096, 16)},
+      {"seg1_h32", 1, 65536, 32, 32, std::vector<int64_t>(65536, 1)},
       {"gva16_32", 1, 8192, 16, 32, {}},
   };
 }

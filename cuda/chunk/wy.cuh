@@ -9,16 +9,17 @@
 
 namespace jax_flashkda {
 
+inline constexpr int kBlock = 16;  // rows of a diagonal block
 inline constexpr int kMatrixStride =
     68;  // floats between rows of a 64x64 matrix: 16-byte aligned, rows in different banks
 
 // Column `column` of the inverse of diagonal block `block`; A strictly lower.
 __device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s_X, int block,
                                                       int column) {
-  const float* A = s_A + block * 16 * (kMatrixStride + 1);
-  float x[16];
+  const float* A = s_A + block * kBlock * (kMatrixStride + 1);
+  float x[kBlock];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kBlock; ++i) {
     float sum = i == column ? 1.0f : 0.0f;
 #pragma unroll
     for (int j4 = 0; j4 < i; j4 += 4) {
@@ -30,9 +31,9 @@ __device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s
     }
     x[i] = sum;
   }
-  float* X = s_X + block * 16 * (kMatrixStride + 1) + column;
+  float* X = s_X + block * kBlock * (kMatrixStride + 1) + column;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) X[i * kMatrixStride] = x[i];
+  for (int i = 0; i < kBlock; ++i) X[i * kMatrixStride] = x[i];
 }
 
 // c[16 x 8] = a[16 x 8 Steps] b[8 Steps x 8], row-major fp32 in shared memory, as three tf32

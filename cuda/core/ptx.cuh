@@ -19,9 +19,6 @@ __device__ __forceinline__ uint32_t thread_index() {
   return index;
 }
 
-// A value the compiler does not know any more, and so will not find anew.
-__device__ __forceinline__ void keep_in_register(uint32_t& x) { asm volatile("" : "+r"(x)); }
-
 // 2^x, relative error 2^-22; results below 2^-126 are zero; 2^0 is exactly 1.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -41,11 +38,16 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
-// Two floats rounded to bf16, the first in the low half.
+// Pairs of bf16: two floats rounded to them, the first in the low half, their products, and back.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+  return product;
 }
 __device__ __forceinline__ float bf16_low(uint32_t packed) { return __uint_as_float(packed << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t packed) {
@@ -140,6 +142,14 @@ __device__ __forceinline__ void async_load_4(void* shared, const void* global) {
 __device__ __forceinline__ void wait_for_async_loads() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
+// Closes a group of this thread's copies; all but its last `Pending` groups are there.
+__device__ __forceinline__ void commit_async_loads() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int Pending>
+__device__ __forceinline__ void wait_for_async_loads() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
 // Arrives on the barrier once this thread's copies so far are there; the barrier's count includes
 // this arrival.
 __device__ __forceinline__ void mbarrier_arrive_after_async_loads(uint64_t* barrier) {
@@ -201,11 +211,10 @@ __device__ __forceinline__ void store_whole(uint4* global, const uint4& x) {
 }
 
 // Four 8x8 tiles of 16-bit elements; lane l names row l % 8 of tile l / 8.
-template <int kOffset = 0>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address), "n"(kOffset)
+               : "r"(address)
                : "memory");
 }
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {

@@ -31,7 +31,6 @@ enum Barrier : uint32_t {
 };  // one for each consumer warpgroup, from here on; 0 is __syncthreads
 
 inline constexpr uint32_t kKDecayedTiles = 3u << kTileKDecayed;
-inline constexpr uint32_t kQDecayedTiles = 3u << kTileQDecayed;
 inline constexpr uint32_t kKRestoredTiles = 3u << kTileKRestored;
 inline constexpr uint32_t kAkkInvTile = 1u << kTileAkkInv;
 inline constexpr uint32_t kAllTiles = (1u << kOperandTiles) - 1;

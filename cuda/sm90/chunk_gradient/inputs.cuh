@@ -1,7 +1,6 @@
 // The chunks of a CTA, and their way into and out of shared memory.
 #pragma once
 
-#include "chunk/scores.cuh"
 #include "problem/numerics.cuh"
 #include "problem/segments.cuh"
 #include "sm90/chunk_gradient/products.cuh"
@@ -67,15 +66,6 @@ struct Items {
     return {};
   }
 };
-
-// This thread's copies but the last `Pending` groups have arrived.
-template <int Pending>
-__device__ __forceinline__ void wait_for_async_loads() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
-__device__ __forceinline__ void commit_async_loads() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
 
 // 16-byte pieces of a chunk's rows of `stride` bytes: a thread owns one column of pieces. Calls
 // visit(row, piece, offset of the piece in memory).

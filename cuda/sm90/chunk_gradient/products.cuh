@@ -14,13 +14,15 @@ namespace jax_flashkda::chunk_gradient {
 // tokens of a block.
 using Elements = float[Config::kGroups][4];
 
+// 16-byte piece of a token's row in a tile of raw inputs; eight consecutive rows fall into different
+// banks.
+__device__ __forceinline__ uint32_t tile_offset(int row, int piece) {
+  return row * Config::kRowBytes + ((piece ^ (row & 7)) << 4);
+}
+
 // The thread's number, read anew: what follows from it is cheaper found again than kept in
 // registers through the chunk.
-__device__ __forceinline__ int reread_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
+__device__ __forceinline__ int reread_thread() { return static_cast<int>(thread_index()); }
 
 // The thread's warpgroup, found anew likewise. The shuffle tells the compiler that warps do not
 // diverge on it.

@@ -15,12 +15,6 @@ struct Sums {
   Elements q_row, k_row, k_column;
 };
 
-__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-
 // 16 channels by the 16 tokens of a block, as a left operand.
 struct Operand {
   uint32_t r[4];

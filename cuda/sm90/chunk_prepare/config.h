@@ -1,7 +1,6 @@
 // Tile, threads and shared memory of the prepare stage.
 #pragma once
 
-#include "chunk/scores.cuh"
 #include "chunk/wy.cuh"
 #include "problem/workspace.h"
 

@@ -208,26 +208,33 @@ def run(record) -> str:
     versions = record.get("versions", {})
     names = {"jax": "JAX", "torch": "PyTorch", "driver": "driver"}
     named = [f"{title} {versions[name]}" for name, title in names.items() if name in versions]
-    words = (
-        f"Recorded {record.get('date')} on one {versions.get('gpu', 'GPU')} ({', '.join(named)})"
-    )
+    words = f"Recorded {record.get('date')} on {versions.get('gpu', 'GPU')} ({', '.join(named)})"
     words += f", sources {record['digest'][:12]}."
-    for key, what in (("tests", "GPU tests"), ("tests_of_two_gpus", "tests of two GPUs")):
-        counts = record.get(key)
-        if counts is None and key == "tests":
-            words += " No tests ran with it."
-        if counts is None:
-            continue
-        if "tests" not in counts:
-            words += f" The {what} ended with status {counts['status']}."
-            continue
-        failed = counts["failures"] + counts["errors"]
-        passed = counts["tests"] - failed - counts["skipped"]
-        words += f" {what[0].upper() + what[1:]}: {passed} passed, {failed} failed, "
-        words += f"{counts['skipped']} skipped."
-        if counts["failed"]:
-            words += f" Failed: {', '.join(f'`{name}`' for name in counts['failed'])}."
+    words += _tested(record.get("tests"))
+    for tool, runs in record.get("sanitizers", {}).items():
+        clean = [command for command, said in runs.items() if CLEAN.search(said)]
+        words += f" {tool}: clean in {len(clean)} of {len(runs)} programs."
+        words += "".join(
+            f" `{command}`: {said}." for command, said in runs.items() if command not in clean
+        )
     return words + (f" {record['note']}" if "note" in record else "")
+
+
+CLEAN = re.compile(r"SUMMARY: 0 (errors|hazards)")
+
+
+def _tested(counts) -> str:
+    if counts is None:
+        return " No tests ran with it."
+    if "tests" not in counts:
+        return f" The GPU tests ended with status {counts['status']}."
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    words = f" GPU tests on {counts.get('gpus', 1)} of them: {passed} passed, {failed} failed, "
+    words += f"{counts['skipped']} skipped."
+    if counts["failed"]:
+        words += f" Failed: {', '.join(f'`{name}`' for name in counts['failed'])}."
+    return words
 
 
 def sources(record) -> str:

@@ -1,14 +1,16 @@
 """Times the op on one GPU, runs the GPU tests, and records both with a digest of the sources.
 
     python benchmarks/run.py                    everything; writes results/h200.json, prints a table
-    python benchmarks/run.py --no-tests         times alone (the record says that no tests ran)
+    python benchmarks/run.py --tests            GPU tests and sanitizers alone
+    python benchmarks/run.py --times            all times alone
     python benchmarks/run.py --only fix8k_h96   some shapes; prints, records nothing
     python benchmarks/run.py --only-steps       the decode step; prints, records nothing
     python benchmarks/run.py --table            the tables of the record
     python benchmarks/run.py --write-docs       the tables and plots of README.md and docs/
     python benchmarks/run.py --check            exit status 1 unless the record is of these sources
 
-Of the last three only the plots need more than the standard library. Peers (benchmarks/peers.py)
+What has not run is kept from a record of the same sources. Of the last three only the plots need
+more than the standard library. Peers (benchmarks/peers.py)
 are timed where they are installed, each in a process of its own. Times are of raw inputs (gate,
 l2norm and sigmoid inside the op), bfloat16; how, timing.py says.
 """
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import peers
 import report
+import sanitizers
 from lines import ENDED_WELL, lines_of, of_another_process
 from shapes import (
     GATES,
@@ -42,7 +45,6 @@ from shapes import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-SEVERAL_GPUS = "test_sharded or test_another_device_first or test_context_parallel"
 RECORD = ROOT / "benchmarks" / "results" / "h200.json"
 
 
@@ -188,8 +190,8 @@ def time_peers(record, seconds):
 # tests, record, table
 
 
-def run_tests(arguments, gpus=None) -> dict:
-    """Counts of the GPU tests, run in a process of their own; `gpus`: the numbers it may see."""
+def run_tests(arguments) -> dict:
+    """Counts of the GPU tests, run in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
@@ -199,16 +201,13 @@ def run_tests(arguments, gpus=None) -> dict:
             str(ROOT / "tests"),
             "-m",
             "gpu",
-            "-q",
+            "-v",  # a run that is stopped leaves the names of what passed
             "-p",
             "no:benchmark",  # where it is installed, it warns beside xdist, and warnings are errors
             f"--junitxml={report}",
             *arguments,
         ]
-        environment = of_another_process()
-        if gpus is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus
-        status = subprocess.run(command, env=environment, cwd=ROOT).returncode
+        status = subprocess.run(command, env=of_another_process(), cwd=ROOT).returncode
         if not report.exists():
             return {"status": status, "command": command[1:]}
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -220,7 +219,14 @@ def run_tests(arguments, gpus=None) -> dict:
             for case in suite.iter("testcase")
             if case.find("failure") is not None or case.find("error") is not None
         ]
-    return counts | {"status": status, "failed": failed, "seconds": float(suite.get("time", 0))}
+    seconds = float(suite.get("time", 0))
+    return counts | {"status": status, "failed": failed, "seconds": seconds, "gpus": gpu_count()}
+
+
+def gpu_count() -> int:
+    """GPUs of this machine, without a CUDA context in this process."""
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+    return len(listed.strip().splitlines())
 
 
 def attempt(name, part) -> bool:
@@ -272,7 +278,8 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--write-docs", action="store_true")
-    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--tests", action="store_true", help="no times")
+    parser.add_argument("--times", action="store_true", help="no tests, no sanitizers")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument(
         "--peer-seconds", type=int, default=90, help="time limit of all peers together"
@@ -285,10 +292,7 @@ def main():
         "--only-steps", action="store_true", help="the decode step; records nothing"
     )
     parser.add_argument(
-        "--beside",
-        action="store_true",
-        help="with two GPUs: the tests on the first while the second is timed, then those of "
-        "several GPUs on both",
+        "--sanitizer-seconds", type=int, default=300, help="time limit of each sanitizer run"
     )
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument(
@@ -310,8 +314,6 @@ def main():
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.3"  # long rows are timed beside this process
-    if options.beside:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "1"  # of this process, before JAX starts
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only_steps:
         runs = {}
@@ -319,7 +321,8 @@ def main():
         attempt("kernels", lambda: time_kernels(steps, runs))
         print(report.steps(steps), report.small(steps), sep="\n\n")
         return
-    record = {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    record = {} if options.only or check() else json.loads(RECORD.read_text())
+    record |= {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     if options.only:
         runs = {}
         record["forward_ms"] = time_forward(options.only, lambda **_: None, runs)
@@ -341,16 +344,20 @@ def main():
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(record, indent=1) + "\n")
 
-    def test():
-        keep(tests=run_tests(options.pytest, "0" if options.beside else None))
-
-    tests = threading.Thread(target=test)
-    if not options.no_tests:
-        tests.start()
-        if not options.beside:
-            tests.join()
+    whole = True
+    if not options.times:  # both keep to themselves what they use of the device
+        sanitize = lambda: keep(
+            sanitizers=sanitizers.check_all(options.sanitizer_seconds, gpu_count())
+        )
+        beside = threading.Thread(target=attempt, args=("sanitizers", sanitize))
+        beside.start()
+        whole &= attempt("tests", lambda: keep(tests=run_tests(options.pytest)))
+        beside.join()
+    if options.tests:
+        print(json.dumps({name: record.get(name) for name in ("tests", "sanitizers")}))
+        return
     runs = {}
-    whole = attempt("forward", lambda: time_forward(list(SHAPES), keep, runs))
+    whole &= attempt("forward", lambda: time_forward(list(SHAPES), keep, runs))
     whole &= attempt("steps", lambda: keep(step_ms=time_steps(runs)))
     whole &= attempt("training", lambda: time_training(list(TRAINING_SHAPES), keep))
     # A profile may slow down what comes after it: once all else here is timed.
@@ -359,10 +366,6 @@ def main():
     softmax = lambda: time_softmax(record, [], options.softmax_seconds)
     whole &= attempt("softmax attention", softmax)
     keep()
-    if options.beside and not options.no_tests:
-        tests.join()
-        several = [*options.pytest, "-k", SEVERAL_GPUS]
-        keep(tests_of_two_gpus=run_tests(several, "0,1"))
     if peer_seconds > 0:
         whole &= attempt("peers", lambda: time_peers(record, peer_seconds))
         keep()

@@ -366,3 +366,45 @@ def test_prefill_and_steps_equal_whole_rows():
     assert step._cache_size() == 2  # one program for one token, one for three, whatever the lengths
     with pytest.raises(ValueError, match="capacity 39 is less than the 40 tokens of the prompts"):
         model.prefill(TOKENS[:, :40], 39)
+
+
+@pytest.mark.gpu
+def test_the_layers_of_the_released_model_on_the_kernels():
+    """Four layers of its shapes in bfloat16 (fewer words and experts, which hold no KDA): the KDA
+    layers are the kernels, and the logits those of XLA and of decoding.
+    """
+    config = kimi_linear.Config(vocab_size=512, num_experts=16)
+    assert (config.hidden_size, config.linear_num_heads, config.linear_head_dim) == (2304, 32, 128)
+    types = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+    @functools.cache
+    def state():
+        make = lambda: nnx.state(kimi_linear.KimiLinear(config, **types, rngs=nnx.Rngs(0)))
+        return jax.jit(make)()
+
+    def model(implementation):
+        abstract = nnx.eval_shape(
+            lambda: kimi_linear.KimiLinear(
+                config, **types, rngs=nnx.Rngs(0), implementation=implementation
+            )
+        )
+        return nnx.merge(nnx.graphdef(abstract), state())
+
+    tokens = np.random.default_rng(1).integers(0, 512, (2, 200))
+    ids = np.repeat([[1, 2, 0]], [120, 70, 10], axis=1) * np.ones((2, 1), np.int32)
+    run = jax.jit(lambda model, tokens, ids: model(tokens, segment_ids=ids))
+    kernels, xla = model("cuda"), model("xla")
+    text = run.lower(kernels, tokens, ids).compile().as_text()
+    assert text.count('custom_call_target="jax_flashkda.forward"') == 3
+    got, expected = (np.asarray(run(m, tokens, ids))[ids > 0] for m in (kernels, xla))
+    error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+    assert error < 0.03, error  # roundings to bfloat16 in every layer; other experts, rarely
+
+    last, cache = jax.jit(lambda m, x: m.prefill(x, 104))(kernels, tokens[:, :100])
+    step = jax.jit(lambda m, x, cache: m.step(x, cache))
+    whole = np.asarray(run(kernels, tokens[:, :104], np.ones((2, 104), np.int32)))
+    for t in range(100, 104):
+        said = np.asarray(last).reshape(2, -1)
+        error = np.sqrt(np.mean((said - whole[:, t - 1]) ** 2) / np.mean(whole[:, t - 1] ** 2))
+        assert error < 0.03, (t, error)
+        last, cache = step(kernels, tokens[:, t : t + 1], cache)

@@ -228,6 +228,36 @@ def test_bfloat16_computation_on_float32_master_weights():
     assert (before.astype(jnp.bfloat16) != after.astype(jnp.bfloat16)).mean() < 0.05
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*uses XLA on an NVIDIA GPU")  # float32, small heads
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["data", "heads"])
+def test_two_gpus_train_as_one(shape):
+    """Losses of 100 steps, in float32: parameters, batch and optimizer state spread over both."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def losses_on(shape):
+        count = shape[0] * shape[1]
+        mesh = jax.make_mesh(
+            shape, ("data", "heads"), (AxisType.Explicit,) * 2, devices=jax.devices()[:count]
+        )
+        with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+            make = lambda: example.make_layers(jnp.float32)  # noqa: E731
+            graphdef, params = nnx.split(nnx.jit(make)())
+            optimizer = optax.adamw(1e-3)
+            data = jax.device_put(make_data(), PartitionSpec(None, "data"))
+            train_step = example.make_train_step(graphdef, optimizer, jnp.float32, SAVE)
+            opt_state, losses = optimizer.init(params), []
+            for _ in range(100):
+                params, opt_state, loss = train_step(params, opt_state, *data)
+                losses.append(loss)
+        return np.array(jax.device_get(losses))
+
+    expected = losses_on((1, 1))
+    assert expected[-1] < 0.8 * expected[0]
+    np.testing.assert_allclose(losses_on(shape), expected, rtol=1e-3)
+
+
 def test_the_script():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     ran = subprocess.run(

@@ -128,10 +128,11 @@ int main(int argc, char** argv) {
   const double factor = std::atof(argv[4]);
   const bool backward = what == "backward";
   const int64_t most_pairs = backward ? kMostBackwardPairs : kMostForwardPairs;
-  return judge_draws("peer_host", run, most_pairs, [&](const Case& c, uint64_t seed, bool promise) {
-           return backward ? judge_backward(c, seed, factor, promise)
-                           : judge_forward(c, factor, promise);
-         }) == 0
+  return judge_draws("peer_host", run, most_pairs,
+                     [&](const Case& c, uint64_t seed, bool promise) {
+                       return backward ? judge_backward(c, seed, factor, promise)
+                                       : judge_forward(c, factor, promise);
+                     }) == 0
              ? EXIT_SUCCESS
              : EXIT_FAILURE;
 }

@@ -10,11 +10,12 @@
 //
 // That is a screen. What the library promises depends on the draw (promise.h): one that is over a
 // limit fails if any of its results breaks the promise, and says both in either case. --promise:
-// every draw is held to it.
+// every draw is held to it, to look with: of few numbers a ratio of two errors is chance.
 #pragma once
 
 #include <atomic>
 #include <cfloat>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <mutex>
@@ -50,18 +51,20 @@ struct Verdict {
   std::map<std::string, double> shares;
   std::string over, promise, failures;
 
-  void screen(const Judged& x) {
-    if (x.sizes != nullptr)
-      screen_sums(x);
-    else
-      screen_blocks(x);
+  void screen(const std::vector<Judged>& results) {
+    for (const Judged& x : results)
+      if (x.sizes != nullptr)
+        screen_sums(x);
+      else
+        screen_blocks(x);
+    for (const auto& [name, share] : shares)
+      if (share > 1.0) over += "  " + name + " " + std::to_string(share) + " of its limit";
   }
 
   // Whatever the screen says.
   void hold_to_promise(const Judged& x, const std::vector<double>& peer, bool well_conditioned) {
-    const auto [share, error, peer_error] =
-        oracle::share_of_promise(x.truth, peer, x.got, x.is_bf16 ? oracle::kBf16Eps : FLT_EPSILON,
-                                 x.block_of, x.sizes);
+    const auto [share, error, peer_error] = oracle::share_of_promise(
+        x.truth, peer, x.got, x.is_bf16 ? oracle::kBf16Eps : FLT_EPSILON, x.block_of, x.sizes);
     char text[200];
     std::snprintf(text, sizeof(text), "  %s %.3f of the promise (errs %.2e, the peer %.2e)",
                   x.name.c_str(), share, error, peer_error);
@@ -88,8 +91,7 @@ struct Verdict {
 
  private:
   void add(const std::string& name, double share) {
-    shares[name] = std::max(shares[name], share);
-    if (!(share <= 1.0)) over += "  " + name + " " + std::to_string(share) + " of its limit";
+    shares[name] = std::max(shares[name], std::isnan(share) ? HUGE_VAL : share);
   }
 
   // The whole tensor, and its blocks.
@@ -133,7 +135,7 @@ struct Verdict {
 inline void judge_results(Verdict& verdict, const std::vector<Judged>& results,
                           bool well_conditioned, bool always,
                           const std::function<std::vector<std::vector<double>>()>& peers) {
-  for (const Judged& x : results) verdict.screen(x);
+  verdict.screen(results);
   if (verdict.over.empty() && !always) return;
   const std::vector<std::vector<double>> of_peer = peers();
   for (size_t i = 0; i < results.size(); ++i)
@@ -144,8 +146,8 @@ inline void judge_outputs(Verdict& verdict, const Case& c, const oracle::Result&
                           std::vector<float> o, std::vector<float> final_state, bool promise) {
   const Call& x = c.call;
   verdict.judge_padding("o", x, o, x.HV * Call::V);
-  std::vector<Judged> results{{"o", truth.o, std::move(o), true, c.limit,
-                               oracle::token_blocks(x.T, x.HV, Call::V)}};
+  std::vector<Judged> results{
+      {"o", truth.o, std::move(o), true, c.limit, oracle::token_blocks(x.T, x.HV, Call::V)}};
   if (c.want_final)
     results.push_back({"final_state", truth.final_state, std::move(final_state), false, c.limit,
                        oracle::state_block});
@@ -196,15 +198,14 @@ inline void judge_gradients(Verdict& verdict, const Case& c, const oracle::Cotan
     int64_t heads, width;  // of tensors with tokens
     const std::vector<double>* sizes = nullptr;
   };
-  const Kind kinds[kGradients] = {
-      {"dq", true, c.gradient_limit, x.H, Call::K},
-      {"dk", true, c.gradient_limit, x.H, Call::K},
-      {"dv", true, c.gradient_limit, x.HV, Call::V},
-      {"dg", c.g_bf16, c.gate_limit, x.HV, Call::K},
-      {"d_beta", c.beta_bf16, c.gate_limit, x.HV, 1},
-      {"dA_log", false, kALogLimit, 0, 0, &truth.dA_log_size},
-      {"d_dt_bias", false, kDtBiasLimit, 0, 0, &truth.d_dt_bias_size},
-      {"d_initial_state", false, c.gradient_limit, 0, 0}};
+  const Kind kinds[kGradients] = {{"dq", true, c.gradient_limit, x.H, Call::K},
+                                  {"dk", true, c.gradient_limit, x.H, Call::K},
+                                  {"dv", true, c.gradient_limit, x.HV, Call::V},
+                                  {"dg", c.g_bf16, c.gate_limit, x.HV, Call::K},
+                                  {"d_beta", c.beta_bf16, c.gate_limit, x.HV, 1},
+                                  {"dA_log", false, kALogLimit, 0, 0, &truth.dA_log_size},
+                                  {"d_dt_bias", false, kDtBiasLimit, 0, 0, &truth.d_dt_bias_size},
+                                  {"d_initial_state", false, c.gradient_limit, 0, 0}};
   std::vector<Judged> results;
   std::vector<size_t> present;
   for (size_t i = 0; i < kGradients; ++i) {
@@ -216,8 +217,8 @@ inline void judge_gradients(Verdict& verdict, const Case& c, const oracle::Cotan
       verdict.judge_padding(kind.name, x, got[i], kind.heads * kind.width);
     }
     if (kind.sizes != nullptr) blocks = nullptr;
-    results.push_back({kind.name, gradient_of(truth, i), got[i], kind.is_bf16, kind.limit, blocks,
-                       kind.sizes});
+    results.push_back(
+        {kind.name, gradient_of(truth, i), got[i], kind.is_bf16, kind.limit, blocks, kind.sizes});
     present.push_back(i);
   }
   judge_results(verdict, results, c.well_conditioned, promise, [&] {
@@ -252,8 +253,8 @@ inline int judge_draws(const char* program, const RandomRun& run, int64_t most_p
       if (verdict.over.empty() && verdict.failures.empty()) continue;
       std::printf("%s --random 1 --seed %llu: %s:%s%s%s%s\n", program,
                   static_cast<unsigned long long>(seed), c.name.c_str(), verdict.over.c_str(),
-                  verdict.promise.c_str(), verdict.failures.empty() ? "" : "  FAILED:",
-                  verdict.failures.c_str());
+                  verdict.promise.c_str(),
+                  verdict.failures.empty() ? "" : "  FAILED:", verdict.failures.c_str());
       std::fflush(stdout);
     }
   };

@@ -94,8 +94,7 @@ Matrix<Real> running_sums(const Matrix<Real>& x, int64_t block, bool from_end, b
   Matrix<Real> out(x.rows, x.columns);
   for (int64_t n = 0; n < x.rows; ++n) {
     const int64_t i = from_end ? x.rows - 1 - n : n, before = from_end ? i + 1 : i - 1;
-    const bool has_before =
-        before >= 0 && before < x.rows && before / block == i / block;
+    const bool has_before = before >= 0 && before < x.rows && before / block == i / block;
     for (int64_t j = 0; j < x.columns; ++j) {
       if (has_before) out[i][j] = out[before][j] + (with_own ? Real(0) : x[before][j]);
       if (with_own) out[i][j] += x[i][j];
@@ -260,8 +259,7 @@ class Chunk {
         add(d_sub_after, d_between);
         for (int64_t other = column + kSubBlock; other < row; other += kSubBlock)
           for (int64_t i = column; i < column + kSubBlock; ++i)
-            for (int64_t n = 0; n < K; ++n)
-              d_sub_G[other + kSubBlock - 1][n] += d_between[i][n];
+            for (int64_t n = 0; n < K; ++n) d_sub_G[other + kSubBlock - 1][n] += d_between[i][n];
       }
       diagonal_back(row, d_qk, d_kk);
     }
@@ -409,8 +407,7 @@ class ChunkedHead {
     return S;
   }
   void put(std::vector<double>& states, int64_t n, const M& S) const {
-    for (int64_t i = 0; n < c.N && i < K * V; ++i)
-      states[state(n) + i] = S.data[i];
+    for (int64_t i = 0; n < c.N && i < K * V; ++i) states[state(n) + i] = S.data[i];
   }
   static void put_row(std::vector<double>& rows, int64_t row, const M& x, int64_t i) {
     std::copy_n(x[i], x.columns, &rows[row * x.columns]);
@@ -461,8 +458,7 @@ class ChunkedHead {
         const GateValue slopes = gate(t, n);
         const Real dg = slopes.slope * x.dg[i][n];
         gradient.dg[value_row(t) * K + n] = dg;
-        if (!c.A_log.empty())
-          gradient.dA_log[b * c.HV + h] += slopes.slope_of_A_log * x.dg[i][n];
+        if (!c.A_log.empty()) gradient.dA_log[b * c.HV + h] += slopes.slope_of_A_log * x.dg[i][n];
         if (!c.dt_bias.empty()) gradient.d_dt_bias[(b * c.HV + h) * K + n] += dg;
       }
     }

@@ -37,16 +37,15 @@ inline int64_t state_block(int64_t i) { return i / (Call::K * Call::V); }
 inline double held(double x) { return std::fabs(x) < FLT_MIN ? 0.0 : x; }
 
 struct PromiseShare {
-  double share = 0.0;             // of the error allowed, in the worst block; more than 1: broken
-  double error = 0.0, peer = 0.0; // relative RMS over the whole
+  double share = 0.0;              // of the error allowed, in the worst block; more than 1: broken
+  double error = 0.0, peer = 0.0;  // relative RMS over the whole
 };
 
 // `eps` is of the type of `got`. `sizes`, of sums over tokens: the roots of the sums of their
 // summands' squares, which are what such a sum's error is relative to.
 inline PromiseShare share_of_promise(const std::vector<double>& truth,
-                                     const std::vector<double>& peer,
-                                     const std::vector<float>& got, double eps,
-                                     const BlockOf& block_of,
+                                     const std::vector<double>& peer, const std::vector<float>& got,
+                                     double eps, const BlockOf& block_of,
                                      const std::vector<double>* sizes = nullptr) {
   struct Sums {
     double error = 0.0, peer = 0.0, size = 0.0, largest = 0.0;
@@ -72,9 +71,8 @@ inline PromiseShare share_of_promise(const std::vector<double>& truth,
   if (whole.largest == 0.0 && whole.error > 0.0) return {kInfinity, kInfinity, 0.0};
   for (const auto& [_, sums] : blocks) {
     if (sums.error == 0.0) continue;
-    const double limit =
-        kPeerFactor * std::max(sums.rms(sums.peer), whole.rms(whole.peer)) +
-        2.0 * eps * sums.largest;
+    const double limit = kPeerFactor * std::max(sums.rms(sums.peer), whole.rms(whole.peer)) +
+                         2.0 * eps * sums.largest;
     result.share = std::max(result.share, sums.rms(sums.error) / limit);
   }
   if (whole.size > 0.0) {

@@ -2,8 +2,8 @@
 //   peer_host results < CALL: the results of a call by the recurrence, by the peer, and by the
 //       chunked form without rounding, each [count, doubles]..; then the sizes of the sums.
 //   peer_host promise < RESULT: the share of the promise of one result.
-//   peer_host forward|backward COUNT SEED FACTOR [--promise]: draws judged, with results that err by
-//       FACTOR times what the peer errs, in its direction.
+//   peer_host forward|backward COUNT SEED FACTOR [--promise]: draws judged, with results that err
+//       by FACTOR times what the peer errs, in its direction.
 #include <cstdint>
 #include <cstdlib>
 #include <iostream>

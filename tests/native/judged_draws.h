@@ -1,10 +1,10 @@
 // How the results of drawn calls (random_cases.h) are judged.
 //
 // First by limits that are the same for all draws. A relative RMS over the whole tensor is what the
-// cases of cases.h are held to. Beyond that no block, 64 tokens of a head or one state, may err more
-// than twice the limit, relative to the larger of its own RMS and the tensor's: a row that is wrong
-// in a long tensor is not hidden by the others. The gradients of A_log and dt_bias are sums over
-// tokens, few of them in a draw: they are held to twice what the chunked reference with 16-bit
+// cases of cases.h are held to. Beyond that no block, 64 tokens of a head or one state, may err
+// more than twice the limit, relative to the larger of its own RMS and the tensor's: a row that is
+// wrong in a long tensor is not hidden by the others. The gradients of A_log and dt_bias are sums
+// over tokens, few of them in a draw: they are held to twice what the chunked reference with 16-bit
 // operands errs at most over such draws, 0.028 and 0.018 (slow gates: what a chunk's states lose
 // errs alike in all of its tokens).
 //

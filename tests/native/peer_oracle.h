@@ -1,7 +1,7 @@
 // The peer of the accuracy promise: `chunked` of jax_flashkda/reference.py, and its gradients as
-// autodiff makes them, on the CPU. fp32, with the operands of every product rounded to bf16 where the
-// reference rounds them. Roundings pass cotangents through, cotangents stay fp32, and the gradient of
-// an exponent is of the rounded product. Shares no code with the kernels.
+// autodiff makes them, on the CPU. fp32, with the operands of every product rounded to bf16 where
+// the reference rounds them. Roundings pass cotangents through, cotangents stay fp32, and the
+// gradient of an exponent is of the rounded product. Shares no code with the kernels.
 #pragma once
 
 #include <algorithm>

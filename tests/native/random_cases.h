@@ -2,9 +2,10 @@
 // gate regimes. Draw i of a run is that of seed + i, so that a line of failure names the one call
 // that reproduces it:  PROGRAM --random 1 --seed SEED
 //
-// They are judged by relative RMS (judged_draws.h), which means something where many tokens and heads
-// share it, so a draw has at least kLeastPairs of them (of few, one may be a sum that cancels).
-// Regimes are combined as the cases combine them: nothing is drawn for which there is no limit yet.
+// They are judged by relative RMS (judged_draws.h), which means something where many tokens and
+// heads share it, so a draw has at least kLeastPairs of them (of few, one may be a sum that
+// cancels). Regimes are combined as the cases combine them: nothing is drawn for which there is no
+// limit yet.
 #pragma once
 
 #include <initializer_list>

@@ -2,35 +2,23 @@
 // two scans leave for the gradient stage. Exact-size allocations, poisoned outputs and workspace, a
 // canary behind the workspace, bitwise repeats, several streams, isolation, packing and linearity.
 // Prints two lines a case; exit status 1 on failure.
-//   backward_test [--quick | --random N [--seed S]] [--unpoisoned]
+//   backward_test [--quick | --random N [--seed S] [--promise]] [--unpoisoned]
 //   --quick: small cases alone, for compute-sanitizer. --random: N calls of random_cases.h.
+//   --promise: each is held to the promise (judged_draws.h).
 //   --unpoisoned: results and workspace as allocated, for initcheck.
 #include <algorithm>
 #include <random>
 #include <string>
 
 #include "backward_oracle.h"
+#include "judged_draws.h"
 #include "launch.h"
 #include "problem/numerics.cuh"
-#include "random_cases.h"
 
 namespace {
 
 using namespace jax_flashkda;
 using oracle::Cotangents;
-
-Cotangents make_cotangents(const Case& c, uint32_t seed = 11) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  Cotangents d;
-  d.d_o.resize(c.call.v.size());
-  for (float& value : d.d_o) value = round_bf16(normal(generator));
-  if (c.want_final) {
-    d.d_final_state.resize(c.call.B * c.call.N * c.call.HV * Call::K * Call::V);
-    for (float& value : d.d_final_state) value = 0.3f * normal(generator);
-  }
-  return d;
-}
 
 // A call on the device, and its gradients.
 struct Launch : Inputs, Runs<Launch> {
@@ -75,13 +63,6 @@ struct Launch : Inputs, Runs<Launch> {
   Workspace workspace;
   BackwardParams call{};
 };
-
-const std::vector<double>& truth_of(const oracle::Gradients& truth, size_t i) {
-  const std::vector<double>* all[] = {
-      &truth.dq,     &truth.dk,     &truth.dv,        &truth.dg,
-      &truth.d_beta, &truth.dA_log, &truth.d_dt_bias, &truth.d_initial_state};
-  return *all[i];
-}
 
 // The images of one scan against the states [K, V] that they are of.
 double image_error(const Launch& launch, int64_t offset, const std::vector<double>& states,
@@ -160,7 +141,7 @@ bool check(const Case& c) {
     const std::vector<float> got = launch.outputs[i].values();
     if (!got.empty())
       judge(launch.outputs[i].name,
-            relative_rms(truth_of(truth, i), [&](size_t at) { return double(got[at]); }),
+            relative_rms(gradient_of(truth, i), [&](size_t at) { return double(got[at]); }),
             /*of_gate=*/i >= 3 && i <= 6);
   }
   const bool repeats = launch.repeats(good);
@@ -170,34 +151,15 @@ bool check(const Case& c) {
   return good && accurate && repeats;
 }
 
-constexpr int64_t kMostPairs = 1500;  // tokens and heads of a random call
-
-Verdict judge_draw(const Case& c, uint64_t seed) {
+Verdict judge_draw(const Case& c, uint64_t seed, bool promise) {
   Verdict verdict;
-  Cotangents d = make_cotangents(c, uint32_t(seed));
-  if (seed % 8 == 0) std::fill(d.d_o.begin(), d.d_o.end(), 0.0f);  // one of the two alone
-  if (seed % 8 == 1) d.d_final_state.clear();
+  const Cotangents d = drawn_cotangents(c, seed);
   Launch launch(c, d);
   if (!launch.run(0xFF)) verdict.failures += "  did not run";
   const oracle::Gradients truth = oracle::backward(c.call, d, /*workers=*/1);
-  const Call& x = c.call;
-  const int64_t heads[] = {x.H, x.H, x.HV, x.HV, x.HV}, widths[] = {128, 128, 128, 128, 1};
-  for (size_t i = 0; i < launch.outputs.size(); ++i) {
-    const std::vector<float> got = launch.outputs[i].values();
-    const std::string name = launch.outputs[i].name;
-    const double limit = i >= 3 && i <= 6 ? c.gate_limit : c.gradient_limit;
-    if (got.empty()) continue;
-    if (i < 5) {
-      verdict.judge(name, truth_of(truth, i), got, limit, token_blocks(x.T, heads[i], widths[i]));
-      verdict.judge_padding(name, x, got, heads[i] * widths[i]);
-    } else if (i < 7) {
-      const bool A_log = i == 5;
-      verdict.judge_sums(name, truth_of(truth, i), A_log ? truth.dA_log_size : truth.d_dt_bias_size,
-                         got, A_log ? kALogLimit : kDtBiasLimit);
-    } else {
-      verdict.judge(name, truth_of(truth, i), got, limit, state_block);
-    }
-  }
+  std::vector<std::vector<float>> got;
+  for (const Output& output : launch.outputs) got.push_back(output.values());
+  judge_gradients(verdict, c, d, truth, got, promise);
   return verdict;
 }
 
@@ -339,7 +301,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   if (random.count > 0)
-    return judge_draws("backward_test", random, kMostPairs, judge_draw) == 0 ? 0 : 1;
+    return judge_draws("backward_test", random, kMostBackwardPairs, judge_draw) == 0 ? 0 : 1;
   Tally tally;
   for (const Case& c : cases(quick)) tally(check(c));
   tally(check_zero_beta());

@@ -9,8 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "device.h"
-#include "dispatch/dispatch.h"
+#include "bf16.h"
 #include "oracle.h"
 
 using oracle::Call;
@@ -23,6 +22,8 @@ struct Case {
   double limit = 0.007;           // relative RMS over the whole tensor
   double gradient_limit = 0.008;  // the same of a gradient
   double gate_limit = 0.015;      // the same of the gradients of g, beta, A_log and dt_bias
+  // Random keys and decays, beta <= 1: the promise has caps too, which are these limits.
+  bool well_conditioned = false;
 };
 
 struct Regime {
@@ -43,6 +44,8 @@ struct Regime {
 inline Case make_case(std::string name, Call shape, Regime regime = {}, uint64_t seed = 1) {
   Case c{std::move(name), std::move(shape)};
   Call& x = c.call;
+  c.well_conditioned = regime.keys == Regime::kRandom && !x.allow_neg_eigval &&
+                       (regime.gates == Regime::kSlow || regime.gates == Regime::kFast);
   std::mt19937_64 generator(seed);
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<float> uniform;
@@ -117,13 +120,6 @@ inline double relative_rms(const std::vector<double>& truth,
   }
   if (std::isnan(error)) return error;
   return size > 0.0 ? std::sqrt(error / size) : std::sqrt(error);
-}
-
-inline float bf16_value(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
 }
 
 inline Call shape(int64_t B, int64_t T, int64_t H, int64_t HV, int64_t N = 1) {

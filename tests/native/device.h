@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16.h"
+
 #define CHECK_CUDA(call)                                                 \
   do {                                                                   \
     const cudaError_t error_ = (call);                                   \
@@ -60,8 +62,6 @@ class DeviceBuffer {
   void* data_ = nullptr;
   size_t bytes_ = 0;
 };
-
-inline float round_bf16(float x) { return __bfloat162float(__float2bfloat16(x)); }
 
 // Values as the call's type, on the device.
 inline DeviceBuffer upload_as(const std::vector<float>& values, bool bf16) {

@@ -1,16 +1,17 @@
 // The forward against a float64 recurrence, without XLA: exact-size allocations, poisoned outputs
 // and workspace, a canary behind the workspace, bitwise repeats, several streams, isolation and
 // packing. Prints a line a case; exit status 1 on failure.
-//   forward_test [--quick | --large | --random N [--seed S]] [--unpoisoned]
+//   forward_test [--quick | --large | --random N [--seed S] [--promise]] [--unpoisoned]
 //   --quick: small cases alone, for compute-sanitizer. --large: offsets beyond 2^31 elements and
 //   more than 65,535 (segment, head) pairs, some 50 GB. --random: N calls of random_cases.h.
+//   --promise: each is held to the promise (judged_draws.h).
 //   --unpoisoned: results and workspace as allocated, for initcheck.
 #include <algorithm>
 #include <random>
 #include <string>
 
+#include "judged_draws.h"
 #include "launch.h"
-#include "random_cases.h"
 
 namespace {
 
@@ -71,20 +72,14 @@ bool check(const Case& c) {
   return good && accurate && repeats && same;
 }
 
-constexpr int64_t kMostPairs = 3000;  // tokens and heads of a random call
-
-Verdict judge_draw(const Case& c, uint64_t seed) {
+Verdict judge_draw(const Case& c, uint64_t seed, bool promise) {
   Verdict verdict;
   Launch launch(c);
   launch.params.stage_order =
       std::vector{StageOrder::kByShape, StageOrder::kSerial, StageOrder::kOverlapped}[seed % 3];
   if (!launch.run(0xFF)) verdict.failures += "  did not run";
   const oracle::Result truth = oracle::forward(c.call, /*workers=*/1);
-  const std::vector<float> o = launch.outputs[0].values(), state = launch.outputs[1].values();
-  const Call& x = c.call;
-  verdict.judge("o", truth.o, o, c.limit, token_blocks(x.T, x.HV, Call::V));
-  verdict.judge_padding("o", x, o, x.HV * Call::V);
-  if (c.want_final) verdict.judge("final_state", truth.final_state, state, c.limit, state_block);
+  judge_outputs(verdict, c, truth, launch.outputs[0].values(), launch.outputs[1].values(), promise);
   return verdict;
 }
 
@@ -423,7 +418,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   if (random.count > 0)
-    return judge_draws("forward_test", random, kMostPairs, judge_draw) == 0 ? 0 : 1;
+    return judge_draws("forward_test", random, kMostForwardPairs, judge_draw) == 0 ? 0 : 1;
   Tally tally;
   if (large) {
     tally(check_large_offsets());

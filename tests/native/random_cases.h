@@ -1,33 +1,18 @@
-// Calls drawn at random, and how they are judged: shapes with tails, segments and padding anywhere,
-// options, states, key and gate regimes. Draw i of a run is that of seed + i, so that a line of
-// failure names the one call that reproduces it:  PROGRAM --random 1 --seed SEED
+// Calls drawn at random: shapes with tails, segments and padding anywhere, options, states, key and
+// gate regimes. Draw i of a run is that of seed + i, so that a line of failure names the one call
+// that reproduces it:  PROGRAM --random 1 --seed SEED
 //
-// A relative RMS over the whole tensor is what the cases of cases.h are held to; it means something
-// where many tokens and heads share it, so a draw has at least kLeastPairs of them (of few, one may
-// be a sum that cancels). Regimes are combined as the cases combine them: nothing is drawn for
-// which there is no limit yet. Beyond that no block, 64 tokens of a head or one state, may err more
-// than twice the limit, relative to the larger of its own RMS and the tensor's: a row that is wrong
-// in a long tensor is not hidden by the others. The gradients of A_log and dt_bias are sums over
-// tokens, few of them in a draw: they are held to twice what the chunked reference with 16-bit
-// operands errs at most over such draws, 0.028 and 0.018 (slow gates: what a chunk's states lose
-// errs alike in all of its tokens).
+// They are judged by relative RMS (judged_draws.h), which means something where many tokens and
+// heads share it, so a draw has at least kLeastPairs of them (of few, one may be a sum that
+// cancels). Regimes are combined as the cases combine them: nothing is drawn for which there is no
+// limit yet.
 #pragma once
 
-#include <atomic>
-#include <cfloat>
-#include <map>
-#include <mutex>
-#include <thread>
+#include <initializer_list>
 
 #include "cases.h"
 
 constexpr int64_t kLeastPairs = 128;  // of valid tokens and value heads
-constexpr double kALogLimit = 2 * 0.028, kDtBiasLimit = 2 * 0.018;
-
-struct RandomRun {
-  int count = 0;
-  uint64_t seed = 1;
-};
 
 class Draw {
  public:
@@ -169,116 +154,3 @@ class Draw {
  private:
   std::mt19937_64 generator_;
 };
-
-// What one draw was found to be: the largest share of a limit by tensor, and what is over it.
-struct Verdict {
-  std::map<std::string, double> shares;
-  std::string failures;
-
-  void add(const std::string& name, double share) {
-    shares[name] = std::max(shares[name], share);
-    if (!(share <= 1.0)) failures += "  " + name + " " + std::to_string(share) + " of its limit";
-  }
-
-  // The whole tensor, and its blocks: element i is of block block_of(i). block_of null: no blocks.
-  void judge(const std::string& name, const std::vector<double>& truth,
-             const std::vector<float>& got, double limit,
-             const std::function<int64_t(int64_t)>& block_of) {
-    struct Sums {
-      double error = 0.0, size = 0.0;
-      int64_t count = 0;
-    };
-    Sums whole;
-    std::map<int64_t, Sums> blocks;
-    for (size_t i = 0; i < truth.size(); ++i) {
-      // What fp32 cannot hold is zero: decays of a whole row leave 1e-60 of a final state.
-      const double expected = std::fabs(truth[i]) < FLT_MIN ? 0.0 : truth[i];
-      const double error = (got[i] - expected) * (got[i] - expected), size = expected * expected;
-      Sums* both[] = {&whole, block_of ? &blocks[block_of(int64_t(i))] : nullptr};
-      for (Sums* sums : both)
-        if (sums != nullptr) sums->error += error, sums->size += size, ++sums->count;
-    }
-    auto share = [&](const Sums& sums, double size_per_element, double most) {
-      if (sums.error == 0.0) return 0.0;
-      return std::sqrt(sums.error / sums.count / size_per_element) / most;  // NaN, inf: over
-    };
-    if (whole.count == 0) return;
-    const double size = whole.size / whole.count;
-    add(name, share(whole, size, limit));
-    for (const auto& [_, sums] : blocks)
-      add(name + " block", share(sums, std::max(size, sums.size / sums.count), 2.0 * limit));
-  }
-
-  // Sums over tokens, which may cancel: against the root of the sum of their summands' squares.
-  void judge_sums(const std::string& name, const std::vector<double>& truth,
-                  const std::vector<double>& sizes, const std::vector<float>& got, double limit) {
-    double error = 0.0, size = 0.0;
-    for (size_t i = 0; i < truth.size(); ++i) {
-      error += (got[i] - truth[i]) * (got[i] - truth[i]);
-      size += sizes[i] * sizes[i];
-    }
-    if (!truth.empty()) add(name, error == 0.0 ? 0.0 : std::sqrt(error / size) / limit);
-  }
-
-  // Padding gets zeros: x is [B, T, row].
-  void judge_padding(const std::string& name, const Call& c, const std::vector<float>& x,
-                     int64_t row) {
-    for (int64_t i = 0; i < int64_t(x.size()); ++i)
-      if (x[i] != 0.0f && Draw::is_padding(c, i / row)) {
-        failures += "  " + name + " of padding is not zero";
-        return;
-      }
-  }
-};
-
-// Blocks of 64 tokens and one head of [B, T, heads, D].
-inline std::function<int64_t(int64_t)> token_blocks(int64_t T, int64_t heads, int64_t D) {
-  return [=](int64_t i) {
-    const int64_t head = i / D % heads, t = i / D / heads % T, b = i / D / heads / T;
-    return (b * heads + head) * ((T + 63) / 64) + t / 64;
-  };
-}
-
-inline int64_t state_block(int64_t i) { return i / (Call::K * Call::V); }
-
-// Judges `run.count` draws on all cores; the number of those that failed.
-inline int judge_draws(const char* program, const RandomRun& run, int64_t most_pairs,
-                       const std::function<Verdict(const Case&, uint64_t)>& judge) {
-  std::atomic<int> next{0}, failures{0};
-  std::map<std::string, double> worst;
-  std::mutex printing;
-  auto work = [&] {
-    for (int i = next++; i < run.count; i = next++) {
-      const uint64_t seed = run.seed + i;
-      const Case c = Draw(seed, most_pairs).result;
-      const Verdict verdict = judge(c, seed);
-      const std::lock_guard<std::mutex> lock(printing);
-      for (const auto& [name, share] : verdict.shares) worst[name] = std::max(worst[name], share);
-      if (verdict.failures.empty()) continue;
-      ++failures;
-      std::printf("%s --random 1 --seed %llu: %s:%s\n", program,
-                  static_cast<unsigned long long>(seed), c.name.c_str(), verdict.failures.c_str());
-      std::fflush(stdout);
-    }
-  };
-  std::vector<std::thread> threads;
-  const int workers = std::max(1u, std::thread::hardware_concurrency());
-  for (int i = 0; i < std::min(workers, run.count); ++i) threads.emplace_back(work);
-  for (auto& thread : threads) thread.join();
-  std::printf("largest shares of the limits:");
-  for (const auto& [name, share] : worst) std::printf("  %s %.2f", name.c_str(), share);
-  std::printf("\n%d of %d draws passed\n", run.count - failures, run.count);
-  return failures;
-}
-
-// Reads --random N and --seed S at argv[i]; whether it was one of them.
-inline bool read_random_option(int argc, char** argv, int& i, RandomRun& run) {
-  const std::string option = argv[i];
-  if ((option != "--random" && option != "--seed") || i + 1 == argc) return false;
-  const unsigned long long value = std::stoull(argv[++i]);
-  if (option == "--random")
-    run.count = int(value);
-  else
-    run.seed = value;
-  return true;
-}

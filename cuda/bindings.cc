@@ -37,46 +37,41 @@ nb::list numpy_names(const std::vector<DType>& dtypes) {
   return names;
 }
 
-nb::list variants_as_dicts() {
-  nb::list rows;
-  for (const Variant& variant : variants()) {
-    nb::dict row;
-    row["arch"] = variant.arch;
-    row["K"] = variant.K;
-    row["V"] = variant.V;
-    row["qkv_dtype"] = numpy_name(variant.qkv_dtype);
-    row["g_dtypes"] = numpy_names(variant.g_dtypes);
-    row["beta_dtypes"] = numpy_names(variant.beta_dtypes);
-    rows.append(row);
-  }
-  return rows;
+nb::dict to_dict(const Variant& variant) {
+  nb::dict row;
+  row["arch"] = variant.arch;
+  row["K"] = variant.K;
+  row["V"] = variant.V;
+  row["qkv_dtype"] = numpy_name(variant.qkv_dtype);
+  row["g_dtypes"] = numpy_names(variant.g_dtypes);
+  row["beta_dtypes"] = numpy_names(variant.beta_dtypes);
+  return row;
 }
 
-nb::list step_variants_as_dicts() {
-  nb::list rows;
-  for (const StepVariant& variant : step_variants()) {
-    nb::dict row;
-    row["arch"] = variant.arch;
-    row["K"] = variant.K;
-    row["V"] = variant.V;
-    row["token_dtypes"] = numpy_names(variant.token_dtypes);
-    row["state_dtypes"] = numpy_names(variant.state_dtypes);
-    rows.append(row);
-  }
-  return rows;
+nb::dict to_dict(const StepVariant& variant) {
+  nb::dict row;
+  row["arch"] = variant.arch;
+  row["K"] = variant.K;
+  row["V"] = variant.V;
+  row["token_dtypes"] = numpy_names(variant.token_dtypes);
+  row["state_dtypes"] = numpy_names(variant.state_dtypes);
+  return row;
 }
 
-nb::list short_conv_variants_as_dicts() {
+nb::dict to_dict(const ShortConvVariant& variant) {
+  nb::dict row;
+  row["arch"] = variant.arch;
+  row["width"] = variant.width;
+  row["channel_multiple"] = variant.channel_multiple;
+  row["dtypes"] = numpy_names(variant.dtypes);
+  row["step_dtypes"] = numpy_names(variant.step_dtypes);
+  return row;
+}
+
+template <auto kVariants>
+nb::list as_dicts() {
   nb::list rows;
-  for (const ShortConvVariant& variant : short_conv_variants()) {
-    nb::dict row;
-    row["arch"] = variant.arch;
-    row["width"] = variant.width;
-    row["channel_multiple"] = variant.channel_multiple;
-    row["dtypes"] = numpy_names(variant.dtypes);
-    row["step_dtypes"] = numpy_names(variant.step_dtypes);
-    rows.append(row);
-  }
+  for (const auto& variant : kVariants()) rows.append(to_dict(variant));
   return rows;
 }
 
@@ -97,9 +92,9 @@ NB_MODULE(_flashkda, module) {
              "FFI handlers for the platform CUDA: {target: {stage: capsule}}.");
   module.def("checking_registrations", [] { return to_dict(checking_handlers()); },
              "Handlers that check as those do and launch nothing, on any platform.");
-  module.def("variants", &variants_as_dicts, "The compiled kernels, a dict each.");
-  module.def("step_variants", &step_variants_as_dicts, "The compiled decode steps, a dict each.");
-  module.def("short_conv_variants", &short_conv_variants_as_dicts,
+  module.def("variants", &as_dicts<variants>, "The compiled kernels, a dict each.");
+  module.def("step_variants", &as_dicts<step_variants>, "The compiled decode steps, a dict each.");
+  module.def("short_conv_variants", &as_dicts<short_conv_variants>,
              "The compiled short convolutions, a dict each.");
   module.def("forward_workspace_bytes", &workspace_bytes<forward_workspace_bytes>, "B"_a, "T"_a,
              "H"_a, "HV"_a, "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,

@@ -1,5 +1,5 @@
-"""Kimi Delta Attention on XLA: the chunk-parallel form of op.md section 1, one chunk of 64 tokens a
-step.
+"""Kimi Delta Attention on XLA: the chunk-parallel form (Kimi Linear, arXiv 2510.26692, section 3),
+one chunk of 64 tokens a step.
 
 The forward walks each segment's chunks and carries its state. The backward saves nothing: it walks
 once forward for the state each chunk starts from, then in reverse, differentiating one recomputed
@@ -249,7 +249,7 @@ def _l2norm(x):
 
 
 def _log_decay(problem: Problem, g, parameters, dtype):
-    """op.md section 1: the natural-log decay of the raw gate, at least MIN_LOG_DECAY."""
+    """The natural-log decay that `gate` makes of g, at least MIN_LOG_DECAY."""
     if problem.gate != "log_decay":
         if "dt_bias" in parameters:
             g = g + parameters["dt_bias"][:, None].astype(dtype)

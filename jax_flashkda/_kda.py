@@ -82,6 +82,8 @@ def kimi_delta_attention(
     - `return_final_state`: also return the state after the last token of each segment.
     - `return_chunk_states`: also return the state after every 64 tokens of each segment (for prefix
       caches). Its gradient runs on XLA.
+    - `context_axis`: the mesh axis along which T is split (context parallelism): inside `shard_map`
+      over it the arguments are one shard, elsewhere whole rows. Excludes `return_chunk_states`.
     - `residual_name`: names what the backward needs, and the output, for `jax.checkpoint` policies:
       `save_only_these_names(residual_name)` then recomputes nothing of the op.
     - `implementation`: "cuda" (the kernels, or an error that says why not), "xla", or None: the

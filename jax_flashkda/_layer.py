@@ -217,8 +217,7 @@ class KimiDeltaAttention(nnx.Module):
 
         **Returns** [B, T, hidden_size].
         """
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must be [B, T, hidden_size={self.hidden_size}], got {x.shape}")
+        self._check_input(x, "B")
         if segment_ids is not None and segment_ids.shape != x.shape[:2]:
             raise ValueError(f"segment_ids must be [B, T] = {x.shape[:2]}, got {segment_ids.shape}")
         segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)
@@ -273,8 +272,7 @@ class KimiDeltaAttention(nnx.Module):
         n-th segment of row b is sequence b N + n. Where a row has fewer segments, what `cache`
         held, or zero.
         """
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must be [B, T, hidden_size={self.hidden_size}], got {x.shape}")
+        self._check_input(x, "B")
         mesh = jax.sharding.get_abstract_mesh()
         types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         if types.get(self.context_axis) == jax.sharding.AxisType.Manual:
@@ -287,7 +285,7 @@ class KimiDeltaAttention(nnx.Module):
         segments = dict(segment_ids=segment_ids, padding_segment_id=padding_segment_id)
         x = _without_padding(x, segments)
         rows = x.shape[:1] if segment_ids is None else (x.shape[0], max_segments)
-        split = lambda array: array.reshape(*rows, *array.shape[1:])  # noqa: E731
+        split = lambda array: array.reshape(*rows, *array.shape[1:])
         before = KimiDeltaCache(*map(split, cache)) if cache is not None else (None,) * 4
         convolved, histories = [], []
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
@@ -325,8 +323,7 @@ class KimiDeltaAttention(nnx.Module):
 
         **Returns** y [N, T, hidden_size], meaningless for a sequence without a slot, and the cache.
         """
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must be [N, T, hidden_size={self.hidden_size}], got {x.shape}")
+        self._check_input(x, "N")
         convolved, histories = [], []
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         for conv, tokens, history in zip(
@@ -344,6 +341,11 @@ class KimiDeltaAttention(nnx.Module):
             **self._options(),
         )
         return self._output(x, o), KimiDeltaCache(*histories, state)
+
+    def _check_input(self, x, rows):
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            expected = f"[{rows}, T, hidden_size={self.hidden_size}]"
+            raise ValueError(f"x must be {expected}, got {x.shape}")
 
     def _projections(self, x):
         return (

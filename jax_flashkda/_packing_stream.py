@@ -92,12 +92,9 @@ class PackedStream(Iterator[PackedDocuments]):
 
         With the state of whatever yields the documents, taken at the same time, `set_state` goes
         on exactly where this stream is."""
-        plain = (
-            lambda pieces: [  # noqa: E731
-                [document[start : stop + 1].tolist(), stop - start]
-                for document, start, stop in pieces
-            ]
-        )
+        plain = lambda pieces: [
+            [document[start : stop + 1].tolist(), stop - start] for document, start, stop in pieces
+        ]
         return {
             "read": self._read,
             "opened": self._opened,
@@ -108,7 +105,7 @@ class PackedStream(Iterator[PackedDocuments]):
     def set_state(self, state: dict) -> None:
         """Go on from `get_state`, of a stream with the same arguments; the documents must go on
         behind the `state["read"]` first ones."""
-        pieces = lambda plain: [  # noqa: E731
+        pieces = lambda plain: [
             (np.asarray(tokens, np.int32), 0, length) for tokens, length in plain
         ]
         self._read, self._opened = state["read"], state["opened"]

@@ -38,6 +38,54 @@ AXES = {
 }
 
 
+class _Description:
+    """What follows from the names and axes that a call gives its operands."""
+
+    @property
+    def differentiable_names(self) -> tuple[str, ...]:
+        """The operands that get a gradient: all but segment_ids."""
+        return tuple(name for name in self.operand_names if name != "segment_ids")
+
+    def named(self, operands) -> dict[str, object]:
+        """The forward operands by name; cotangents after them are ignored."""
+        return dict(zip(self.operand_names, operands, strict=False))
+
+    def sizes(self, operands) -> dict[str, int]:
+        """The size of every axis letter."""
+        sizes = {}
+        for name, operand in self.named(operands).items():
+            sizes.update(zip(self.axes[name], operand.shape, strict=True))
+        return sizes
+
+
+class _StepDescription(_Description):
+    """Of a step, a call of one stage: its sequences have states of their own or use a pool."""
+
+    @property
+    def sequences(self) -> str:
+        """The axis of sequences."""
+        return "R" if self.has_state_indices else "B"
+
+    @property
+    def parameters(self) -> str:
+        """The axis of parameters that sequences share, or have each its own of."""
+        return self.sequences if self.parameters_per_sequence else "P"
+
+    @property
+    def states(self) -> str:
+        """The axis of states."""
+        return "S" if self.has_state_indices else "B"
+
+    def signature(self, stage):
+        """(operand names, result names), as `Problem.signature`."""
+        del stage
+        return self.operand_names, self.result_names
+
+    def named(self, operands) -> dict[str, object]:
+        """The operands by name."""
+        return dict(zip(self.operand_names, operands, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What every call has; `_validation.check_options` fills it."""
@@ -54,7 +102,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem(Options):
+class Problem(Options, _Description):
     function: ClassVar[str] = "kimi_delta_attention"
     stages: ClassVar[tuple[str, ...]] = ("forward", "backward")
     data: ClassVar[str] = "v"
@@ -81,11 +129,6 @@ class Problem(Options):
         return ("q", "k", "v", "g", "beta", *present)
 
     @property
-    def differentiable_names(self) -> tuple[str, ...]:
-        """The operands that get a gradient: all but segment_ids."""
-        return tuple(name for name in self.operand_names if name != "segment_ids")
-
-    @property
     def result_names(self) -> tuple[str, ...]:
         """The forward results, in order."""
         final_state = ("final_state",) if self.return_final_state else ()
@@ -100,20 +143,14 @@ class Problem(Options):
         gradients = ("initial_state",) if stage == "state_gradient" else self.differentiable_names
         return self.operand_names + self.result_names, gradients
 
-    def named(self, operands) -> dict[str, object]:
-        """The forward operands by name; cotangents after them are ignored."""
-        return dict(zip(self.operand_names, operands, strict=False))
-
     def sizes(self, operands) -> dict[str, int]:
         """The size of every axis letter: B, T, H, HV, K, V, N, and M where it is used."""
-        sizes = {"N": self.max_segments}
-        for name, operand in self.named(operands).items():
-            sizes.update(zip(AXES[name], operand.shape, strict=True))
+        sizes = {"N": self.max_segments} | super().sizes(operands)
         return sizes | ({"M": sizes["T"] // 64} if self.return_chunk_states else {})
 
 
 @dataclasses.dataclass(frozen=True)
-class StepProblem(Options):
+class StepProblem(Options, _StepDescription):
     """The static description of one decode step, the `Problem` of its one stage, "step".
 
     Axes: B sequences of their own states; with state_indices R sequences of a pool of S states.
@@ -131,24 +168,18 @@ class StepProblem(Options):
     parameters_per_sequence: bool = False
 
     @property
-    def sequences(self) -> str:
-        """The axis of sequences."""
-        return "R" if self.has_state_indices else "B"
-
-    @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of every operand and result by name."""
         n = self.sequences
-        parameters = n if self.parameters_per_sequence else "P"
         return {
             "q": (n, "T", "H", "K"),
             "k": (n, "T", "H", "K"),
             "v": (n, "T", "HV", "V"),
             "g": (n, "T", "HV", "K"),
             "beta": (n, "T", "HV"),
-            "A_log": (parameters, "HV"),
-            "dt_bias": (parameters, "HV", "K"),
-            "state": ("S" if self.has_state_indices else "B", "HV", "K", "V"),
+            "A_log": (self.parameters, "HV"),
+            "dt_bias": (self.parameters, "HV", "K"),
+            "state": (self.states, "HV", "K", "V"),
             "state_indices": ("R",),
             "o": (n, "T", "HV", "V"),
             "token_states": (n, "T", "HV", "K", "V"),
@@ -166,22 +197,9 @@ class StepProblem(Options):
         """The results, in order; "state" takes the place of the operand of this name."""
         return ("o", "state", "token_states") if self.return_token_states else ("o", "state")
 
-    def signature(self, stage):
-        """(operand names, result names), as `Problem.signature`."""
-        del stage
-        return self.operand_names, self.result_names
-
-    def named(self, operands) -> dict[str, object]:
-        """The operands by name."""
-        return dict(zip(self.operand_names, operands, strict=True))
-
-    def sizes(self, operands) -> dict[str, int]:
-        """The size of every axis letter."""
-        return _sizes(self, operands)
-
 
 @dataclasses.dataclass(frozen=True)
-class ShortConvProblem:
+class ShortConvProblem(_Description):
     """The static description of one short convolution.
 
     Channels are two axes: H, which is split over devices, and K. Kernel, bias and initial states
@@ -219,28 +237,15 @@ class ShortConvProblem:
         optional = ("bias", "initial_state", "segment_ids")
         return ("x", "kernel", *(name for name in optional if getattr(self, f"has_{name}")))
 
-    @property
-    def differentiable_names(self) -> tuple[str, ...]:
-        """The operands that get a gradient: all but segment_ids."""
-        return tuple(name for name in self.operand_names if name != "segment_ids")
-
     def signature(self, stage):
         """(operand names, result names), as `Problem.signature`."""
         if stage == "short_conv":
             return self.operand_names, ("y",)
         return (*self.operand_names, "y"), self.differentiable_names
 
-    def named(self, operands) -> dict[str, object]:
-        """The forward operands by name; the cotangent after them is ignored."""
-        return dict(zip(self.operand_names, operands, strict=False))
-
-    def sizes(self, operands) -> dict[str, int]:
-        """The size of every axis letter."""
-        return _sizes(self, operands)
-
 
 @dataclasses.dataclass(frozen=True)
-class ShortConvStepProblem:
+class ShortConvStepProblem(_StepDescription):
     """The static description of the short convolution's step, with axes like `StepProblem`'s."""
 
     function: ClassVar[str] = "short_conv_step"
@@ -255,20 +260,14 @@ class ShortConvStepProblem:
     parameters_per_sequence: bool = False
 
     @property
-    def sequences(self) -> str:
-        """The axis of sequences."""
-        return "R" if self.has_state_indices else "B"
-
-    @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         """The axes of every operand and result by name; J is W - 1."""
         n = self.sequences
-        parameters = n if self.parameters_per_sequence else "P"
         return {
             "x": (n, "T", "H", "K"),
-            "kernel": (parameters, "W", "H", "K"),
-            "bias": (parameters, "H", "K"),
-            "state": ("S" if self.has_state_indices else "B", "J", "H", "K"),
+            "kernel": (self.parameters, "W", "H", "K"),
+            "bias": (self.parameters, "H", "K"),
+            "state": (self.states, "J", "H", "K"),
             "state_indices": ("R",),
             "y": (n, "T", "H", "K"),
         }
@@ -283,23 +282,3 @@ class ShortConvStepProblem:
     def result_names(self) -> tuple[str, ...]:
         """The results, in order; "state" takes the place of the operand of this name."""
         return ("y", "state")
-
-    def signature(self, stage):
-        """(operand names, result names), as `Problem.signature`."""
-        del stage
-        return self.operand_names, self.result_names
-
-    def named(self, operands) -> dict[str, object]:
-        """The operands by name."""
-        return dict(zip(self.operand_names, operands, strict=True))
-
-    def sizes(self, operands) -> dict[str, int]:
-        """The size of every axis letter."""
-        return _sizes(self, operands)
-
-
-def _sizes(problem, operands):
-    sizes = {}
-    for name, operand in problem.named(operands).items():
-        sizes.update(zip(problem.axes[name], operand.shape, strict=True))
-    return sizes

@@ -6,7 +6,8 @@ where a tap counts only if every token from it up to t belongs to t's segment. A
 is for `kimi_delta_attention`: a maximal run of equal ids; ids below zero or equal to
 `padding_segment_id` are padding.
 
-CUDA kernels for W = 4 on NVIDIA GPUs, the same program on XLA elsewhere (`_short_conv_xla.py`)."""
+CUDA kernels for W = 4 on NVIDIA GPUs, the same program on XLA elsewhere (`_short_conv_xla.py`).
+"""
 
 import functools
 import math
@@ -64,7 +65,8 @@ def short_conv(
     needs only the arguments; everything else is recomputed.
 
     **Determinism** Bitwise, gradients too. Devices: batch and the first channel axis are split with
-    no collective; T is gathered."""
+    no collective; T is gathered.
+    """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     bias = None if bias is None else jnp.asarray(bias)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
@@ -171,7 +173,6 @@ def short_conv_step(
       `state_indices`, a pool of them [slots, W - 1, ...channels].
     - `state_indices`: int32 [N], the slot of each sequence. One whose index is negative or past
       the pool reads and writes nothing, and its output is zero.
-
     - `implementation`: as in `short_conv`. The kernel takes W = 4, 1 to 8 tokens, and bfloat16,
       float16 or float32 each for x, kernel and state; donate `state` to `jax.jit` and it is updated
       in place.
@@ -179,7 +180,8 @@ def short_conv_step(
     **Returns** (y, state): y like `x`; state like `state`, rounded to its type. Slots that no index
     names keep their bits; if two sequences name one slot, it and both outputs are undefined.
 
-    **Raises** as `short_conv`. It has no derivative, but for `implementation="xla"`."""
+    **Raises** as `short_conv`. It has no derivative, but for `implementation="xla"`.
+    """
     x, kernel, state = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(state)
     bias = None if bias is None else jnp.asarray(bias)
     _check_step(x, kernel, state, bias, activation, state_indices, implementation)

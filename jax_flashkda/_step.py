@@ -7,6 +7,7 @@ import numpy as np
 
 from . import _primitives, _support
 from ._problem import StepProblem
+from ._support import MOST_STEP_TOKENS
 from ._validation import (
     Errors,
     check_are_arrays,
@@ -17,7 +18,6 @@ from ._validation import (
     strong,
 )
 
-MOST_TOKENS = 8
 _NAME = "kimi_delta_attention_step"
 
 
@@ -172,8 +172,9 @@ def _check_shapes(errors, arrays):
         return
     N, T, H, K, HV, V = sizes
     errors.check(
-        1 <= T <= MOST_TOKENS,
-        f"k: got {T} tokens; 1 to {MOST_TOKENS} are accepted, and kimi_delta_attention takes more",
+        1 <= T <= MOST_STEP_TOKENS,
+        f"k: got {T} tokens; 1 to {MOST_STEP_TOKENS} are accepted, and kimi_delta_attention takes "
+        "more",
     )
     shapes = dict(state_indices=("N", (N,)))
     if "state_indices" not in arrays:

@@ -399,7 +399,7 @@ def _variables_of_rules(module, rules):
 
 def _recognised(layouts, tensors):
     """The layout whose tensors are there; else the one that most of them are there of."""
-    present = lambda layout: sum(piece.tensor in tensors for piece in layout.pieces)  # noqa: E731
+    present = lambda layout: sum(piece.tensor in tensors for piece in layout.pieces)
     return max(layouts, key=lambda layout: present(layout) / len(layout.pieces))
 
 

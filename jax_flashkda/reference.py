@@ -70,7 +70,7 @@ def prepare(
 
 
 def recurrent(q, k, v, g, beta, *, initial_state=None, dtype=jnp.float32, **options):
-    """The recurrence of op.md section 1, token by token.
+    """The recurrence, token by token.
 
             S <- Diag(exp(g_t)) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = scale S^T q_t
 
@@ -95,8 +95,7 @@ def recurrent(q, k, v, g, beta, *, initial_state=None, dtype=jnp.float32, **opti
 
 
 def chunked(q, k, v, g, beta, *, initial_state=None, operand_dtype=jnp.float32, **options):
-    """The chunk-parallel form of op.md section 1, 64 tokens a chunk: the *peer* of this library's
-    accuracy promise.
+    """The chunk-parallel form, 64 tokens a chunk: the *peer* of this library's accuracy promise.
 
     Same arguments and results as `recurrent`, computed in fp32 with the operands of every product
     rounded to `operand_dtype` (bfloat16 for 16-bit inputs, float32 for none). Gradients (through

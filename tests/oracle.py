@@ -14,7 +14,7 @@ from cases import runs
 
 from jax_flashkda import reference
 
-# Section 4 of the contract: error <= PEER_FACTOR x the peer's, with a floor of two roundings of the
+# What README.md promises: error <= PEER_FACTOR x the peer's, with a floor of two roundings of the
 # output.
 PEER_FACTOR = 2
 BLOCK = 64
@@ -193,7 +193,8 @@ def _evaluate_arrays(case, arrays, kind, gradients):
         inputs |= {name: arrays[name] for name in ("A_log", "dt_bias") if name in arrays}
         options = {name: x for name, x in case.options.items() if name in _REFERENCE_OPTIONS}
         with jax.enable_x64(True):
-            program = _program(kind, case.dtype, gradients, tuple(sorted(options.items())))
+            operands = _operand_dtype(kind, case.dtype)
+            program = _program(operands, gradients, tuple(sorted(options.items())))
             out = program(inputs, at_slot(initial), valid, cut(d_o), at_slot(d_final))
             return {name: np.asarray(x, np.float64) for name, x in out.items()}
 
@@ -251,10 +252,22 @@ def _groups(segments, case):
             continue
         length = _bucket(max(s[3] for s in alike), least=SHORT if alike is short else BLOCK)
         most = max(1, MOST_KEPT // (length * case.HV * case.K * case.V))
-        size = min(_bucket(len(alike)), 1 << (most.bit_length() - 1))
+        size = min(_group_size(len(alike), case), 1 << (most.bit_length() - 1))
         for first in range(0, len(alike), size):
             group = alike[first : first + size]
             yield group + [(0, 0, 0, 0)] * (size - len(group)), length
+
+
+def _group_size(segments, case):
+    """A power of two; with segment ids, whose numbers of segments are many, every other one of
+    them from 8 on.
+    """
+    if case.segment_ids is None:
+        return _bucket(segments)
+    size = 8
+    while size < segments:
+        size *= 4
+    return size
 
 
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}
@@ -264,30 +277,34 @@ def _bucket(n, least=1):
     return max(least, 1 << (n - 1).bit_length())
 
 
-@functools.cache
-def _program(kind, dtype, gradients, options):
-    """The compiled reference of one kind: results by name, for segments side by side."""
-    options = dict(options)
+def _operand_dtype(kind, dtype):
+    """Of the peer's products for inputs of `dtype`; None for the truth, which has none.
+
+    fp16 inputs use bf16 for every decayed operand, so bf16 is their peer.
+    """
     if kind == "truth":
-        work_dtype, reference_fn = (
-            jnp.float64,
-            functools.partial(reference.recurrent, dtype=jnp.float64),
-        )
+        return None
+    return "float32" if dtype == "float32" else "bfloat16"
+
+
+@functools.cache
+def _program(operand_dtype, gradients, options):
+    """The compiled truth (None) or peer of one kind of operands: results by name, for segments side
+    by side. Inputs of all types share it: they come as float64.
+    """
+    options, is_truth = dict(options), operand_dtype is None
+    if is_truth:
+        work_dtype = jnp.float64
+        reference_fn = functools.partial(reference.recurrent, dtype=work_dtype)
     else:
-        # fp16 inputs use bf16 for every decayed operand, so bf16 is their peer.
-        operand_dtype = jnp.float32 if dtype == "float32" else jnp.bfloat16
-        work_dtype, reference_fn = (
-            jnp.float32,
-            functools.partial(reference.chunked, operand_dtype=operand_dtype),
-        )
+        work_dtype = jnp.float32
+        reference_fn = functools.partial(reference.chunked, operand_dtype=operand_dtype)
 
     def run(inputs, initial, valid, d_o, d_final):
         cast = functools.partial(jax.tree.map, lambda x: x.astype(work_dtype))
         S, T = valid.shape
         inputs = cast(dict(inputs, initial_state=initial))
-        if (
-            kind == "truth"
-        ):  # a copy of the gate parameters for each token shows the summands of their gradients
+        if is_truth:  # a copy of the gate parameters a token shows the summands of their gradients
             for name in ("A_log", "dt_bias"):
                 if name in inputs:
                     inputs[name] = jnp.broadcast_to(inputs[name], (S, T, *inputs[name].shape))
@@ -303,7 +320,7 @@ def _program(kind, dtype, gradients, options):
         (o, final_state), pull_back = jax.vjp(attend, inputs)
         (d,) = pull_back(cast((d_o, d_final)))
         out = dict(o=o, final_state=final_state, **{GRADIENTS[name]: x for name, x in d.items()})
-        if kind == "truth":
+        if is_truth:
             for name in ("dA_log", "d_dt_bias"):
                 if name in out:
                     out[f"{name}_summands"] = out[name]

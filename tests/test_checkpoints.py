@@ -207,7 +207,7 @@ def test_abstract_and_sharded_modules(tmp_path):
     assert_same(abstract, layer)
 
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    make = lambda: KimiDeltaAttention(  # noqa: E731
+    make = lambda: KimiDeltaAttention(
         HIDDEN, H, K, **OPTIONS, axis_names=("data", None), rngs=nnx.Rngs(1)
     )
     sharded = nnx.merge(*nnx.get_abstract_model(make, mesh))
@@ -224,7 +224,7 @@ def test_a_mesh_that_does_not_divide_the_parameters(tmp_path):
     layer = make_layer()
     checkpoints.save_layer(layer, tmp_path)
     mesh = jax.make_mesh((1, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    make = lambda: KimiDeltaAttention(  # noqa: E731
+    make = lambda: KimiDeltaAttention(
         HIDDEN, H, K, **OPTIONS, axis_names=("data", "model"), rngs=nnx.Rngs(1)
     )
     abstract = nnx.merge(*nnx.get_abstract_model(make, mesh))

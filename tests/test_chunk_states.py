@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from call import for_implementation
 from cases import Case, runs
-from oracle import CAPS_16_BIT
+from oracle import CAPS_16_BIT, COMPILE_QUICKLY
 
 from jax_flashkda import kimi_delta_attention
 
@@ -23,11 +23,21 @@ LONG = Case(T=4133, B=1, H=1, HV=2, K=128, V=128, dtype="bfloat16", initial_stat
 TOKENS = ("q", "k", "v", "g", "beta")
 
 
-@functools.cache  # one program a case
-def attend(case, implementation=None, **more):
+jit = functools.partial(  # states agree to the last bits, not bitwise, however they are compiled
+    jax.jit, compiler_options=COMPILE_QUICKLY if jax.default_backend() == "cpu" else None
+)
+
+
+def op(case, implementation=None, **more):
+    """The op with the options of a case: a function of its arrays."""
     options = {name: x for name, x in case.options.items() if x is not None}
     options |= dict(return_final_state=True, implementation=implementation) | more
-    return jax.jit(functools.partial(kimi_delta_attention, **options))
+    return functools.partial(kimi_delta_attention, **options)
+
+
+@functools.cache  # one program a case
+def attend(case, implementation=None, **more):
+    return jit(op(case, implementation, **more))
 
 
 def close(got, wanted, implementation="xla"):
@@ -134,7 +144,7 @@ def test_the_gradient_behind_the_kernels_is_that_of_xla():
     arrays = case.arrays()
 
     def loss(floats, implementation):
-        states = attend(case, implementation, return_chunk_states=True)(**(arrays | floats))[2]
+        states = op(case, implementation, return_chunk_states=True)(**(arrays | floats))[2]
         return jnp.sum(states * jnp.cos(jnp.arange(states.size)).reshape(states.shape))
 
     floats = {name: x for name, x in arrays.items() if name != "segment_ids"}
@@ -159,15 +169,15 @@ def test_their_gradient_is_that_of_a_final_state(case):
     arrays = case.arrays()
     ids = {n: x for n, x in arrays.items() if n == "segment_ids"}
     floats = {n: x for n, x in arrays.items() if n != "segment_ids"}
-    call = attend(case, "xla", return_chunk_states=True)
-    weights = jax.random.normal(jax.random.key(0), call(**arrays)[2].shape)
+    call = op(case, "xla", return_chunk_states=True)
+    weights = jax.random.normal(jax.random.key(0), jax.eval_shape(call, **arrays)[2].shape)
 
     def loss(floats):
         return jnp.sum(call(**floats, **ids)[2] * weights)
 
     def loss_of_prefixes(floats):
         total = 0.0
-        alone = attend(Case(**RAW), "xla")
+        alone = op(Case(**RAW), "xla")
         rows = case.segment_ids or ((1,) * case.T,) * case.B
         for b, row in enumerate(rows):
             for n, (start, length) in enumerate(runs(row)):
@@ -182,7 +192,7 @@ def test_their_gradient_is_that_of_a_final_state(case):
                     total += jnp.sum(state * weights[b, (start + 64 * m) // 64 - 1])
         return total
 
-    got, wanted = jax.jit(jax.grad(loss))(floats), jax.jit(jax.grad(loss_of_prefixes))(floats)
+    got, wanted = jit(jax.grad(loss))(floats), jit(jax.grad(loss_of_prefixes))(floats)
     for name in floats:
         scale = np.abs(wanted[name]).max()
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-3, atol=2e-4 * scale)
@@ -192,11 +202,13 @@ def test_vmap(implementation):
     case = for_implementation(PACKED, implementation)
     arrays = case.arrays()
     more = {n: jnp.stack([x, x[::-1]]) if n == "q" else x for n, x in arrays.items()}
-    call = attend(case, implementation, return_chunk_states=True)
+    call = op(case, implementation, return_chunk_states=True)
     axes = {n: 0 if n == "q" else None for n in arrays}
-    got = jax.jit(jax.vmap(lambda x: call(**x), in_axes=(axes,)))(more)
+    got = jit(jax.vmap(lambda x: call(**x), in_axes=(axes,)))(more)
     for i in range(2):
-        wanted = call(**(arrays | {"q": more["q"][i]}))
+        wanted = attend(case, implementation, return_chunk_states=True)(
+            **(arrays | {"q": more["q"][i]})
+        )
         for x, y in zip(got, wanted, strict=True):
             close(x[i], y, implementation)
 

@@ -103,7 +103,7 @@ jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 def make_model(config=CONFIG, seed=0):
     """Random, in its norms and router biases too."""
-    make = lambda: nnx.split(kimi_linear.KimiLinear(config, rngs=nnx.Rngs(seed)))  # noqa: E731
+    make = lambda: nnx.split(kimi_linear.KimiLinear(config, rngs=nnx.Rngs(seed)))
     model = nnx.merge(*jit(make)())
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path[-1] in ("scale", "correction_bias"):

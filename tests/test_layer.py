@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from cases import runs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from oracle import CAP_FP32
+from oracle import CAP_FP32, COMPILE_QUICKLY
 
 nnx = pytest.importorskip("flax.nnx", reason="the layer needs flax")
 
@@ -17,6 +18,7 @@ from jax_flashkda import kimi_delta_attention  # noqa: E402
 from jax_flashkda._layer import KimiDeltaAttention  # noqa: E402
 from jax_flashkda._short_conv import short_conv  # noqa: E402
 
+QUICKLY = COMPILE_QUICKLY if jax.default_backend() == "cpu" else None
 HIDDEN = 48
 # One id used twice, padding of both kinds inside, and segments shorter than the convolution.
 IDS = np.array(
@@ -30,6 +32,23 @@ IDS = np.array(
 
 def make_layer(*args, **options):
     return KimiDeltaAttention(*(args or (HIDDEN, 2, 32)), rngs=nnx.Rngs(0), **options)
+
+
+def quick_jit(function):
+    """nnx.jit of function(layer, ..) without optimisation: where a result is compared with another
+    program's, how well it is compiled does not matter.
+    """
+
+    def compiled(layer, *arrays, **more):
+        graphdef, state = nnx.split(layer)
+        run = lambda state, *x, **y: function(nnx.merge(graphdef, state), *x, **y)
+        return jax.jit(run, compiler_options=QUICKLY)(state, *arrays, **more)
+
+    return compiled
+
+
+def call(layer, x, segment_ids=None):
+    return layer(x, segment_ids=segment_ids)
 
 
 def make_input(T=IDS.shape[1], B=2, seed=1):
@@ -193,7 +212,7 @@ def oracle_layer(gate):
 def to_jax(arrays):
     """Our parameters by path from theirs, {name: array}; also maps their gradients to ours."""
     heads = (2, 32)
-    split = lambda weight: weight.T.reshape(-1, *heads)  # noqa: E731
+    split = lambda weight: weight.T.reshape(-1, *heads)
     ours = {f"{n}_proj.kernel": split(arrays[f"{n}_proj.weight"]) for n in "qkv"}
     conv = np.split(arrays["conv1d.weight"][:, 0, :].T, 3, axis=1)
     ours |= {f"{n}_conv1d.kernel": w.reshape(-1, *heads) for n, w in zip("qkv", conv, strict=True)}
@@ -240,7 +259,7 @@ def test_layer_reproduces_transformers(gate):
     y = oracle(theirs)
     y.backward(torch.tensor(np.asarray(d_y)))
 
-    @nnx.jit
+    @quick_jit
     @functools.partial(nnx.grad, argnums=(0, 1), has_aux=True)
     def gradients(layer, x):
         y = layer(x)
@@ -260,7 +279,7 @@ def test_packed_rows_equal_one_call_of_transformers_per_document(gate):
     import torch
 
     x = make_input()
-    y = np.asarray(nnx.jit(layer_like(oracle, gate))(x, segment_ids=IDS))
+    y = np.asarray(quick_jit(call)(layer_like(oracle, gate), x, segment_ids=IDS))
     assert not y[IDS <= 0].any()
     for row in range(len(IDS)):
         for start, stop in documents(IDS[row]):
@@ -301,10 +320,8 @@ def test_grouped_values_full_rank_gate_and_bias():
         y = jnp.tensordot(x, p[f"{name}_proj.kernel"], 1)
         return short_conv(y, p[f"{name}_conv1d.kernel"], segment_ids=IDS)
 
-    o = kimi_delta_attention(
-        *map(project, "qkv"),
-        jnp.tensordot(x @ p["f_a_proj.kernel"], p["f_b_proj.kernel"], 1),
-        x @ p["b_proj.kernel"],
+    attend = functools.partial(
+        kimi_delta_attention,
         gate="bounded",
         gate_lower_bound=-2.0,
         A_log=p["A_log"],
@@ -314,10 +331,15 @@ def test_grouped_values_full_rank_gate_and_bias():
         qk_l2norm=True,
         segment_ids=IDS,
     )
+    o = jax.jit(attend, compiler_options=QUICKLY)(
+        *map(project, "qkv"),
+        jnp.tensordot(x @ p["f_a_proj.kernel"], p["f_b_proj.kernel"], 1),
+        x @ p["b_proj.kernel"],
+    )
     output_gate = jnp.tensordot(x, p["g_proj.kernel"], 1) + p["g_proj.bias"]
     o = o / jnp.sqrt(jnp.mean(o**2, -1, keepdims=True) + 1e-3) * jax.nn.sigmoid(output_gate)
     y = jnp.tensordot(o * p["o_norm.scale"], p["o_proj.kernel"], 2)
-    assert_close(nnx.jit(layer)(x, segment_ids=IDS), y)
+    assert_close(quick_jit(call)(layer, x, segment_ids=IDS), y)
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -358,22 +380,22 @@ def test_types(x_dtype, param_dtype, dtype, expected):
     y = jax.eval_shape(layer, x)
     assert y.dtype == expected and y.shape == x.shape
     grads = jax.eval_shape(nnx.grad(lambda layer: layer(x).astype("float32").sum()), layer)
-    types = lambda state: {path: leaf.dtype for path, leaf in nnx.to_flat_state(state)}  # noqa: E731
+    types = lambda state: {path: leaf.dtype for path, leaf in nnx.to_flat_state(state)}
     assert types(grads) == types(nnx.state(layer))
 
 
 def test_bf16_computation_is_fp32_rounded_a_few_times():
     layer, x = make_layer(dtype=jnp.bfloat16), make_input()
 
-    @nnx.jit
+    @quick_jit
     def gradients(layer, x):
-        loss = lambda layer: ((y := layer(x, segment_ids=IDS)).astype("float32").sum(), y)  # noqa: E731
+        loss = lambda layer: ((y := layer(x, segment_ids=IDS)).astype("float32").sum(), y)
         return nnx.grad(loss, has_aux=True)(layer)
 
     grads, y = gradients(layer, x)
     for name, gradient in flat(grads).items():
         assert gradient.dtype == jnp.float32 and jnp.isfinite(gradient).all(), name
-    in_fp32 = nnx.jit(make_layer())(x, segment_ids=IDS)
+    in_fp32 = quick_jit(call)(make_layer(), x, segment_ids=IDS)
     error = jnp.sqrt(jnp.mean((y - in_fp32) ** 2) / jnp.mean(in_fp32**2))
     assert error < 2 * jnp.finfo(jnp.bfloat16).eps
 
@@ -419,22 +441,20 @@ def test_scan_over_layers_with_remat_equals_a_loop():
     def through(layer, x):
         return x + layer(x, segment_ids=jnp.asarray(IDS[:, :40]))
 
-    loss, grads = nnx.jit(nnx.value_and_grad(lambda layers, x: jnp.mean(through(layers, x) ** 2)))(
-        layers, x
-    )
+    loss_of = lambda layers, x: jnp.mean(through(layers, x) ** 2)
+    loss, grads = quick_jit(nnx.value_and_grad(loss_of))(layers, x)
 
     graphdef, state = nnx.split(layers)
 
-    @jax.jit  # so that both layers share what is compiled
-    def one(state, x):
-        return x + nnx.merge(graphdef, state)(x, segment_ids=IDS[:, :40])
-
     def looped(state):
-        y = one(jax.tree.map(lambda array: array[0], state), x)
-        y = one(jax.tree.map(lambda array: array[1], state), y)
+        y = x
+        for i in range(2):
+            layer = nnx.merge(graphdef, jax.tree.map(operator.itemgetter(i), state))
+            y = y + layer(y, segment_ids=IDS[:, :40])
         return jnp.mean(y**2)
 
-    expected, expected_grads = jax.value_and_grad(looped)(state)
+    looped = jax.jit(jax.value_and_grad(looped), compiler_options=QUICKLY)
+    expected, expected_grads = looped(state)
     assert_close(loss, expected)
     for name, gradient in flat(grads).items():
         assert_close(gradient, flat(expected_grads)[name], name)
@@ -443,8 +463,8 @@ def test_scan_over_layers_with_remat_equals_a_loop():
 def test_linen_through_the_bridge():
     x = make_input()
     layer = nnx.bridge.to_linen(KimiDeltaAttention, HIDDEN, 2, 32, gate="bounded")
-    variables = jax.jit(layer.init)(jax.random.key(0), x)
-    y = jax.jit(layer.apply)(variables, x, segment_ids=IDS)
+    variables = jax.jit(layer.init, compiler_options=QUICKLY)(jax.random.key(0), x)
+    y = jax.jit(layer.apply, compiler_options=QUICKLY)(variables, x, segment_ids=IDS)
 
     ours = make_layer(gate="bounded")
     state = nnx.state(ours)
@@ -452,7 +472,7 @@ def test_linen_through_the_bridge():
     for path, variable in nnx.to_flat_state(state):
         variable[...] = functools.reduce(lambda tree, key: tree[key], path, params)
     nnx.update(ours, state)
-    assert_close(y, nnx.jit(ours)(x, segment_ids=IDS))
+    assert_close(y, quick_jit(call)(ours, x, segment_ids=IDS))
 
 
 def test_axis_names_reach_every_parameter():
@@ -488,7 +508,7 @@ def test_axis_names_reach_every_parameter():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_over_batch_and_heads(axis_type):
     x, ids = make_input(B=4), np.concatenate([IDS, IDS])
-    expected = nnx.jit(make_layer(HIDDEN, 4, 16))(x, segment_ids=ids)
+    expected = quick_jit(call)(make_layer(HIDDEN, 4, 16), x, segment_ids=ids)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(mesh):
         layer = make_layer(HIDDEN, 4, 16, axis_names=(None, "model"))
@@ -501,7 +521,7 @@ def test_sharded_over_batch_and_heads(axis_type):
             y = layer(x, segment_ids=ids, out_sharding=out_sharding)
             return jnp.mean(y**2), y
 
-        grads, y = nnx.jit(nnx.grad(loss, has_aux=True))(layer, x, ids)
+        grads, y = quick_jit(nnx.grad(loss, has_aux=True))(layer, x, ids)
         assert_close(y, expected)
         for name, gradient in flat(grads).items():
             assert jnp.isfinite(gradient).all(), name

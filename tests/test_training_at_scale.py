@@ -53,7 +53,7 @@ def make_data(accumulated=ACCUMULATED):
 @functools.cache
 def layers(kind, dtype):
     with jax.set_mesh(mesh_of(kind)):
-        make = lambda: nnx.split(example.make_layers(dtype))  # noqa: E731
+        make = lambda: nnx.split(example.make_layers(dtype))
         return jax.jit(make, compiler_options=COMPILER_OPTIONS)()
 
 
@@ -203,7 +203,7 @@ def test_a_policy_with_the_named_residuals_runs_the_op_once():
 
 def test_what_is_gathered_is_in_the_type_of_the_computation():
     """In the traced program: XLA widens bfloat16 on a CPU, so the compiled one does not tell."""
-    along_data = lambda variable: "data" in variable.aval.sharding.spec  # noqa: E731
+    along_data = lambda variable: "data" in variable.aval.sharding.spec
     gathered = collections.Counter(
         (equation.outvars[0].aval.shape, equation.outvars[0].aval.dtype.name)
         for equation in traced("explicit", jnp.bfloat16)

@@ -10,12 +10,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
-# Workers of pytest-xdist get a core each: XLA's pools have a thread for every core that a process
-# may use, and the references that the GPU tests wait for would fight for them.
+# Workers of pytest-xdist get four cores each, of which they share three with others: XLA's pools
+# have a thread for every core that a process may use, and the references that the GPU tests wait
+# for would fight for them.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 if WORKER.startswith("gw") and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(WORKER[2:]) % len(cores)]})
+    cores, first = sorted(os.sched_getaffinity(0)), int(WORKER[2:])
+    os.sched_setaffinity(0, {cores[(first + i) % len(cores)] for i in range(4)})
 # And of several GPUs every worker has all, each worker another one first.
 gpus = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
 if WORKER.startswith("gw") and gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:

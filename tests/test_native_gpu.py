@@ -18,7 +18,7 @@ PROGRAMS = pathlib.Path(__file__).parent.parent / "build" / "tests" / "native"
 
 @contextlib.contextmanager
 def all_cores():
-    """For what is started in it: a worker of pytest-xdist has one (conftest.py)."""
+    """For what is started in it: a worker of pytest-xdist has few (conftest.py)."""
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, range(os.cpu_count()))
     try:

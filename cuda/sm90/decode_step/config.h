@@ -35,7 +35,7 @@ struct Config {
     Row rows[kTokens][kK];
     float v[kTokens][kColumns];
     float partial[kTokens == 1 ? 1 : 2][2][kWarps][kColumns];  // [token's parity][S^T k, S^T q]
-    float beta[kTokens], kq[kTokens];  // kq: the product of k and q
+    float beta[kTokens], kq[kTokens];                          // kq: the product of k and q
   };
 };
 

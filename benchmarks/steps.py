@@ -93,6 +93,8 @@ class LayerSteps(_InPlace):
         caches = [layer.init_cache(N, state_dtype=state_dtype) for _ in range(_sets(bytes_of_one))]
         outputs = [jnp.zeros((N, T, H, D), jnp.bfloat16) for _ in range(UNROLLED)]
         super().__init__(caches, outputs, sets)
+        is_kernel = "jax_flashkda.short_conv_step" in self._lowered.as_text()
+        assert is_kernel == (convolution == "cuda")
 
     def _step(self, cache, tokens):
         weights, q, k, v, g, output_gate, beta = tokens

@@ -14,6 +14,26 @@ def kernel_ms(run, calls) -> dict:
     """A call's share of `run()`. "sum": of the times of all kernels, copies and fills. "busy": of
     the time in which at least one of them ran; less than the sum where kernels overlap.
     """
+    spans = [(start, end) for _, start, end in profiled(run)]
+    total = sum(end - start for start, end in spans)
+    return {"sum": total * 1e-6 / calls, "busy": covered(spans) * 1e-6 / calls}
+
+
+def split_ms(run, calls, parts) -> dict:
+    """A call's share of `run()`: of the times of the kernels whose name holds a part's word, part
+    by part; of all others, as "rest"; and "busy".
+    """
+    found = dict.fromkeys([*parts, "rest"], 0.0)
+    events = profiled(run)
+    for name, start, end in events:
+        part = next((part for part, word in parts.items() if word in name), "rest")
+        found[part] += (end - start) * 1e-6 / calls
+    spans = [(start, end) for _, start, end in events]
+    return found | {"busy": covered(spans) * 1e-6 / calls}
+
+
+def profiled(run) -> list[tuple[str, float, float]]:
+    """(name, start, end) in ns of what a GPU did during `run()`, after one that nobody watches."""
     jax.block_until_ready(run())
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
@@ -21,17 +41,16 @@ def kernel_ms(run, calls) -> dict:
         with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready(run())
         (path,) = Path(folder).rglob("*.xplane.pb")
-        spans = gpu_spans(jax.profiler.ProfileData.from_file(str(path)))
-    if not spans:
+        events = gpu_events(jax.profiler.ProfileData.from_file(str(path)))
+    if not events:
         raise RuntimeError("the profile has no kernel in it")
-    total = sum(end - start for start, end in spans)
-    return {"sum": total * 1e-6 / calls, "busy": covered(spans) * 1e-6 / calls}
+    return events
 
 
-def gpu_spans(profile) -> list[tuple[float, float]]:
-    """(start, end) in ns of everything that ran on a stream of a GPU."""
+def gpu_events(profile) -> list[tuple[str, float, float]]:
+    """(name, start, end) in ns of everything that ran on a stream of a GPU."""
     return [
-        (event.start_ns, event.start_ns + event.duration_ns)
+        (event.name, event.start_ns, event.start_ns + event.duration_ns)
         for plane in profile.planes
         if plane.name.startswith("/device:GPU")
         for line in plane.lines

@@ -115,6 +115,29 @@ def steps(record) -> str:
     return markdown(titles, rows)
 
 
+_CONVOLUTIONS = {"xla": "XLA", "cuda": "kernels"}
+
+
+def layer_steps(record) -> str:
+    """Where the time of a layer's step goes, before and after its convolutions became kernels."""
+    titles = ["layer's step", "convolutions", "by the wall", "a kernel runs", "state step"]
+    titles += ["convolutions", "norm and glue", "in all / state step"]
+    rows = []
+    for step, by_state in record.get("layer_step_ms", {}).items():
+        for state_dtype, by_convolution in by_state.items():
+            label = f"{shapes.step_label(step)}, {state_dtype} states"
+            xlas = by_convolution["cuda"].get("rest")  # of which none is of convolutions
+            for convolution, row in by_convolution.items():
+                cells = [label, _CONVOLUTIONS[convolution], f"{row['wall']:.4f}"]
+                if "busy" in row and xlas is not None:
+                    convolutions = row["short convolution"] + row["rest"] - xlas
+                    parts = (row["busy"], row["state step"], convolutions, xlas)
+                    cells += [f"{ms:.4f}" for ms in parts]
+                    cells.append(f"**{row['busy'] / row['state step']:.2f}**")
+                rows.append(cells + [""] * (len(titles) - len(cells)))
+    return markdown(titles, rows)
+
+
 def small(record) -> str:
     """Calls of less than 0.2 ms: by the wall, and what their kernels take."""
     titles = ["small call", "by the wall", "a kernel runs", "sum of kernels"]
@@ -259,6 +282,7 @@ PARTS = {
     "forward": forward,
     "training": training,
     "steps": steps,
+    "layer_steps": layer_steps,
     "small": small,
     "who_wins": who_wins,
     "over_t_forward": lambda record: over_t(record, "forward"),

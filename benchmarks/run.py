@@ -4,7 +4,7 @@
     python benchmarks/run.py --tests            GPU tests and sanitizers alone
     python benchmarks/run.py --times            all times alone
     python benchmarks/run.py --only fix8k_h96   some shapes; prints, records nothing
-    python benchmarks/run.py --only-steps       the decode step; prints, records nothing
+    python benchmarks/run.py --only-steps       the decode step, alone and in a layer; likewise
     python benchmarks/run.py --table            the tables of the record
     python benchmarks/run.py --write-docs       the tables and plots of README.md and docs/
     python benchmarks/run.py --check            exit status 1 unless the record is of these sources
@@ -35,6 +35,7 @@ import sanitizers
 from lines import ENDED_WELL, lines_of, of_another_process
 from shapes import (
     GATES,
+    LAYER_STEPS,
     SHAPES,
     SMALL_GATE,
     STATE_BYTES,
@@ -143,6 +144,45 @@ def time_steps(kernel_runs) -> dict:
         kernel_runs[f"{name} {state_dtype}"] = steps.run
         print("step", name, state_dtype, results[name][state_dtype], flush=True)
     return results
+
+
+# The kernels of a layer's step, by a word of their names; the rest is XLA's.
+LAYER_KERNELS = {"state step": "decode_", "short convolution": "short_conv_step"}
+
+
+def time_layer_steps(layer_runs) -> dict:
+    """Milliseconds of a layer's step without its projections, by shape, type of the state and
+    implementation of the short convolution; `layer_runs` gets what a profile is to take apart.
+    """
+    import timing
+    from steps import LayerSteps
+
+    kinds = [
+        (name, state_dtype, convolution)
+        for name in LAYER_STEPS
+        for state_dtype in STATE_BYTES
+        for convolution in ("xla", "cuda")
+    ]
+    all_steps = timing.compile_all([LayerSteps(*kind) for kind in kinds])
+    results = {}
+    for kind, steps in zip(kinds, all_steps, strict=True):
+        name, state_dtype, convolution = kind
+        row = {"wall": round(steps.ms(), 5)}
+        results.setdefault(name, {}).setdefault(state_dtype, {})[convolution] = row
+        layer_runs.append((row, steps.run))
+        print("layer step", *kind, row, flush=True)
+    return results
+
+
+def split_layer_steps(layer_runs):
+    """Into the rows of the record: what the kernels of each part take, by a profile."""
+    import kernels
+    import timing
+
+    for row, run in layer_runs:
+        split = kernels.split_ms(run, timing.UNROLLED, LAYER_KERNELS)
+        row |= {part: round(ms, 5) for part, ms in split.items()}
+        print("layer step", row, flush=True)
 
 
 def time_kernels(record, kernel_runs):
@@ -289,7 +329,9 @@ def main():
     )
     parser.add_argument("--only", nargs="*", choices=SHAPES, metavar="SHAPE")
     parser.add_argument(
-        "--only-steps", action="store_true", help="the decode step; records nothing"
+        "--only-steps",
+        action="store_true",
+        help="the decode step, alone and in a layer; records nothing",
     )
     parser.add_argument(
         "--sanitizer-seconds", type=int, default=300, help="time limit of each sanitizer run"
@@ -316,10 +358,12 @@ def main():
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.3"  # long rows are timed beside this process
     peer_seconds = 0 if options.no_peers else options.peer_seconds
     if options.only_steps:
-        runs = {}
+        runs, layer_runs = {}, []
         steps = {"step_ms": time_steps(runs)}
+        attempt("layer steps", lambda: steps.update(layer_step_ms=time_layer_steps(layer_runs)))
         attempt("kernels", lambda: time_kernels(steps, runs))
-        print(report.steps(steps), report.small(steps), sep="\n\n")
+        attempt("kernels of layer steps", lambda: split_layer_steps(layer_runs))
+        print(report.steps(steps), report.layer_steps(steps), report.small(steps), sep="\n\n")
         return
     record = {} if options.only or check() else json.loads(RECORD.read_text())
     record |= {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
@@ -356,13 +400,17 @@ def main():
     if options.tests:
         print(json.dumps({name: record.get(name) for name in ("tests", "sanitizers")}))
         return
-    runs = {}
+    runs, layer_runs = {}, []
     whole &= attempt("forward", lambda: time_forward(list(SHAPES), keep, runs))
     whole &= attempt("steps", lambda: keep(step_ms=time_steps(runs)))
+    layer_steps = lambda: keep(layer_step_ms=time_layer_steps(layer_runs))
+    whole &= attempt("layer steps", layer_steps)
     whole &= attempt("training", lambda: time_training(list(TRAINING_SHAPES), keep))
     # A profile may slow down what comes after it: once all else here is timed.
     whole &= attempt("kernels", lambda: time_kernels(record, runs))
+    whole &= attempt("kernels of layer steps", lambda: split_layer_steps(layer_runs))
     runs.clear()
+    layer_runs.clear()
     softmax = lambda: time_softmax(record, [], options.softmax_seconds)
     whole &= attempt("softmax attention", softmax)
     keep()

@@ -32,6 +32,7 @@ STEPS = {
     "n64_h96": (64, 96, 1),
     "n64_h32_t4": (64, 32, 4),
 }
+LAYER_STEPS = ("n64_h32",)  # timed within a layer too
 STATE_BYTES = {"float32": 4, "bfloat16": 2}
 
 BYTES_PER_SECOND = 4.3e12  # of a device-to-device copy, reads and writes counted

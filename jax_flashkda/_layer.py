@@ -324,23 +324,27 @@ class KimiDeltaAttention(nnx.Module):
         **Returns** y [N, T, hidden_size], meaningless for a sequence without a slot, and the cache.
         """
         self._check_input(x, "N")
+        o, cache = self._advance(
+            self._projections(x),
+            self.f_b_proj(self.f_a_proj(x)),
+            self.b_proj(x),
+            cache,
+            state_indices,
+        )
+        return self._output(x, o), cache
+
+    def _advance(self, qkv, g, beta, cache, state_indices=None):
+        """What a step does between its projections and the norm: the output and the cache."""
         convolved, histories = [], []
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        for conv, tokens, history in zip(
-            convolutions, self._projections(x), cache[:3], strict=True
-        ):
+        for conv, tokens, history in zip(convolutions, qkv, cache[:3], strict=True):
             y, history = conv.step(tokens, history, state_indices)
             convolved.append(y)
             histories.append(history)
         o, state = kimi_delta_attention_step(
-            *convolved,
-            self.f_b_proj(self.f_a_proj(x)),
-            self.b_proj(x),
-            cache.state,
-            state_indices=state_indices,
-            **self._options(),
+            *convolved, g, beta, cache.state, state_indices=state_indices, **self._options()
         )
-        return self._output(x, o), KimiDeltaCache(*histories, state)
+        return o, KimiDeltaCache(*histories, state)
 
     def _check_input(self, x, rows):
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:

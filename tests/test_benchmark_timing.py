@@ -97,11 +97,13 @@ def test_unrolled_calls_keep_their_addresses(timing):
         np.testing.assert_array_equal(result["twice"], 2 * x)
 
 
-def test_decode_steps_run_in_place(timing, monkeypatch):
-    steps = importlib.import_module("steps")
+@pytest.mark.parametrize("convolution", [None, "xla"])
+def test_decode_steps_run_in_place(timing, monkeypatch, convolution):
+    steps = pytest.importorskip("steps", reason="the layer needs flax")
     monkeypatch.setitem(steps.STEPS, "tiny", (1, 1, 1))
     monkeypatch.setattr(steps, "UNROLLED", 3)
-    tiny = steps.Steps("tiny", "float32").compile()
+    kind = (steps.Steps,) if convolution is None else (steps.LayerSteps, convolution)
+    tiny = kind[0]("tiny", "float32", *kind[1:]).compile()
     addresses = lambda: [
         x.unsafe_buffer_pointer() for x in jax.tree.leaves((tiny.states, tiny.outputs))
     ]
@@ -113,26 +115,30 @@ def test_decode_steps_run_in_place(timing, monkeypatch):
 def profile(*lines):
     """What a profile looks like: planes of lines of events."""
     space = types.SimpleNamespace
-    events = lambda spans: [space(start_ns=a, duration_ns=b - a) for a, b in spans]
+    events = lambda spans: [space(name=name, start_ns=a, duration_ns=b - a) for name, a, b in spans]
     planes = {}
     for plane, line, spans in lines:
         planes.setdefault(plane, []).append(space(name=line, events=events(spans)))
     return space(planes=[space(name=name, lines=lines) for name, lines in planes.items()])
 
 
-def test_kernel_times(timing):
+def test_kernel_times(timing, monkeypatch):
     kernels = importlib.import_module("kernels")
-    spans = kernels.gpu_spans(
+    events = kernels.gpu_events(
         profile(
-            ("/host:CPU", "Stream of thoughts", [(0, 999)]),
-            ("/device:GPU:0", "Stream #14(Compute)", [(10, 30), (20, 25), (40, 50)]),
-            ("/device:GPU:0", "Stream #15(MemcpyD2D)", [(28, 45)]),
-            ("/device:GPU:0", "XLA Ops", [(0, 500)]),
+            ("/host:CPU", "Stream of thoughts", [("thought", 0, 999)]),
+            ("/device:GPU:0", "Stream #14(Compute)", [("a", 10, 30), ("b", 20, 25), ("a", 40, 50)]),
+            ("/device:GPU:0", "Stream #15(MemcpyD2D)", [("copy", 28, 45)]),
+            ("/device:GPU:0", "XLA Ops", [("a", 0, 500)]),
         )
     )
-    assert sum(end - start for start, end in spans) == 20 + 5 + 10 + 17
-    assert kernels.covered(spans) == 40
-    assert kernels.covered([]) == 0
+    assert len(events) == 4 and kernels.covered([]) == 0
+    monkeypatch.setattr(kernels, "profiled", lambda run: events)
+    whole = kernels.kernel_ms(None, 2)
+    assert whole == pytest.approx({"sum": 52e-6 / 2, "busy": 40e-6 / 2})
+    split = kernels.split_ms(None, 2, {"first": "a", "absent": "z"})
+    wanted = {"first": 30e-6 / 2, "absent": 0, "rest": 22e-6 / 2, "busy": 40e-6 / 2}
+    assert split == pytest.approx(wanted)
 
 
 def test_a_profile_without_a_gpu_says_so(timing):

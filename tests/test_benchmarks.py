@@ -53,6 +53,24 @@ def test_what_the_record_timed_wins_over_what_is_known(report):
     assert "ModuleNotFoundError: tokamax" in report.sources(record)
 
 
+LAYER_STEP = {
+    "xla": {
+        "wall": 0.12,
+        "state step": 0.07,
+        "short convolution": 0.0,
+        "rest": 0.03,
+        "busy": 0.1,
+    },
+    "cuda": {
+        "wall": 0.09,
+        "state step": 0.07,
+        "short convolution": 0.009,
+        "rest": 0.002,
+        "busy": 0.081,
+    },
+}
+
+
 def test_the_plots_of_a_whole_record_can_be_drawn(report):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
@@ -62,6 +80,7 @@ def test_the_plots_of_a_whole_record_can_be_drawn(report):
         "forward_ms": dict.fromkeys(report.shapes.SHAPES, gates),
         "training_ms": dict.fromkeys(report.shapes.TRAINING_SHAPES, training),
         "step_ms": {"n1_h32": {"float32": 0.0044, "bfloat16": 0.0044}},
+        "layer_step_ms": {"n64_h32": {"float32": LAYER_STEP}},
         "kernels_ms": dict.fromkeys(["t2k_h12", "n1_h32 bfloat16"], {"sum": 0.12, "busy": 0.1}),
     }
     for draw in report.plots(record).values():
@@ -71,6 +90,10 @@ def test_the_plots_of_a_whole_record_can_be_drawn(report):
     tables = report.table(record)
     for shape in report.shapes.SHAPES:
         assert report.shapes.label(shape) in tables
+    label = "| N 64, 32 heads, float32 states |"
+    before = " XLA | 0.1200 | 0.1000 | 0.0700 | 0.0280 | 0.0020 | **1.43** |"
+    after = " kernels | 0.0900 | 0.0810 | 0.0700 | 0.0090 | 0.0020 | **1.16** |"
+    assert label + before in tables and label + after in tables
     assert "| step, N 1, 32 heads, bfloat16 states | 0.0044 | 0.1000 | 0.1200 |" in tables
 
 

@@ -191,6 +191,8 @@ STEPS = {
     "pool": step_inputs(slots=7),
     "bfloat16 pool": step_inputs(N=6, T=3, slots=6, state=jnp.bfloat16, seed=1),
     "channels": step_inputs(N=40, channels=(1000,)),
+    "four sequences a thread": step_inputs(N=70, T=1, channels=(2, 4096), dtype=jnp.bfloat16),
+    "the same in a pool": step_inputs(N=70, T=1, channels=(2, 4096), slots=90, seed=1),
 }
 
 

@@ -84,12 +84,14 @@ CASES = {
     "one value head a head": Step(H=3, HV=3),
     "head dim 64": Step(K=64, V=64, T=2),
     "bfloat16 state": Step(state_dtype="bfloat16", T=2),
+    "bfloat16 state, one token": Step(state_dtype="bfloat16", HV=2),
     "head dim 64, bfloat16 state": Step(K=64, V=64, state_dtype="bfloat16"),
     "float16": Step(dtype="float16", T=2),
     "float32": Step(dtype="float32", g_dtype="float32", T=5),
     "float32 gate": Step(g_dtype="float32"),
     "pool": Step(slots=7, T=2),
     "bfloat16 pool": Step(slots=7, state_dtype="bfloat16", T=3),
+    "bfloat16 pool, one token": Step(slots=7, state_dtype="bfloat16"),
 }
 
 
@@ -217,8 +219,13 @@ def test_it_continues_the_op(implementation):
 # Pools
 
 
-def test_missing_slots_read_and_write_nothing(implementation):
-    case = Step(N=6, slots=4, T=2)
+# The kernel of one token on bfloat16 states is another one.
+KERNELS = pytest.mark.parametrize("state_dtype, T", [("float32", 2), ("bfloat16", 1)])
+
+
+@KERNELS
+def test_missing_slots_read_and_write_nothing(state_dtype, T, implementation):
+    case = Step(N=6, slots=4, T=T, state_dtype=state_dtype)
     arrays = case.arrays()
     indices = [2, -1, 4, -(2**31), 2**31 - 1, 0]
     poison = np.zeros((6, 1, 1, 1), bool)
@@ -230,15 +237,19 @@ def test_missing_slots_read_and_write_nothing(implementation):
         arrays[name] = jnp.where(mask, jnp.nan, arrays[name])
     arrays["state"] = arrays["state"].at[jnp.array([1, 3])].set(jnp.nan)
     o, pool, token_states = run(case, arrays, implementation, return_token_states=True)
-    assert not np.asarray(o[1:5], np.float32).any() and not np.asarray(token_states[1:5]).any()
+    assert (
+        not np.asarray(o[1:5], np.float32).any()
+        and not np.asarray(token_states[1:5], np.float32).any()
+    )
     assert_same_bits(o, clean[0])
     assert_same_bits(token_states, clean[2])
     assert_same_bits(pool[jnp.array([0, 2])], clean[1][jnp.array([0, 2])])
-    assert np.isnan(np.asarray(pool[jnp.array([1, 3])])).all()
+    assert np.isnan(np.asarray(pool[jnp.array([1, 3])], np.float32)).all()
 
 
-def test_a_slot_named_twice_harms_no_other(implementation):
-    case = Step(N=5, slots=4)
+@KERNELS
+def test_a_slot_named_twice_harms_no_other(state_dtype, T, implementation):
+    case = Step(N=5, slots=4, T=T, state_dtype=state_dtype)
     arrays = case.arrays() | {"state_indices": jnp.asarray([1, 3, 1, 1, 0], jnp.int32)}
     o, pool = run(case, arrays, implementation)
     alone = arrays | {"state_indices": jnp.asarray([-1, 3, -1, -1, 0], jnp.int32)}
@@ -248,8 +259,9 @@ def test_a_slot_named_twice_harms_no_other(implementation):
         assert_same_bits(kept[rows], bits[rows])
 
 
-def test_a_sequence_does_not_depend_on_the_batch(implementation):
-    case = Step(N=70, H=1, HV=2, T=2, slots=80)
+@KERNELS
+def test_a_sequence_does_not_depend_on_the_batch(state_dtype, T, implementation):
+    case = Step(N=70, H=1, HV=2, T=T, slots=80, state_dtype=state_dtype)
     arrays = case.arrays()
     o, pool = run(case, arrays, implementation)
     same = functools.partial(assert_same, implementation)
@@ -262,9 +274,10 @@ def test_a_sequence_does_not_depend_on_the_batch(implementation):
         same(pool_one[slot], pool[slot])
 
 
+@KERNELS
 @pytest.mark.parametrize("slots", [None, 5])
-def test_a_donated_state_is_updated_in_place(slots, implementation):
-    case = Step(slots=slots)
+def test_a_donated_state_is_updated_in_place(slots, state_dtype, T, implementation):
+    case = Step(slots=slots, T=T, state_dtype=state_dtype)
     arrays = case.arrays()
     state = arrays.pop("state")
     wanted = run(case, arrays | {"state": state}, implementation)

@@ -481,12 +481,24 @@ std::vector<Step> steps() {
   for (int64_t T : {1, 2, 3, 4, 8}) add("T " + std::to_string(T), {5, T, 520, 0});
   add("8 channels", {3, 1, 8, 0});
   add("4096 channels", {64, 1, 4096, 0});
-  for (DType dtype : {F32, BF16, F16})
-    for (DType state : {F32, BF16, F16}) {
-      Step& c = add("types", {3, 2, 264, 0});
-      c.dtype = c.kernel_dtype = dtype, c.state_dtype = state;
-      c.bias = true;
-    }
+  // So many that a thread has four sequences, and the last one of them two.
+  add("70 sequences of 8192 channels", {70, 1, 8192, 0}).bias = true;
+  for (DType dtype : {F32, F16}) {
+    Step& c = add("many, types", {70, 1, 8192, 0});
+    c.dtype = c.state_dtype = dtype, c.kernel_dtype = dtype;
+  }
+  Step& many = add("many, parameters of each sequence", {70, 1, 8192, 0});
+  many.bias = many.per_sequence = true;
+  Step& many_slots = add("many in a pool, missing slots", {70, 1, 8192, 80});
+  for (int32_t n = 0; n < 70; ++n)
+    many_slots.indices.push_back(n % 7 == 3 ? -n : n % 9 ? 79 - n : 80);
+  for (int64_t T : {1, 2})
+    for (DType dtype : {F32, BF16, F16})
+      for (DType state : {F32, BF16, F16}) {
+        Step& c = add("types, T " + std::to_string(T), {3, T, 264, 0});
+        c.dtype = c.kernel_dtype = dtype, c.state_dtype = state;
+        c.bias = true;
+      }
   add("linear", {3, 1, 264, 0}).silu = false;
   Step& own = add("parameters of each sequence", {3, 1, 264, 0});
   own.bias = own.per_sequence = true;

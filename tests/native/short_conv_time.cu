@@ -2,12 +2,15 @@
 // cache: forward, backward, both on packed rows, and the step in a CUDA graph. TB/s counts each
 // operand and result of size once: x and y; x, d_y and dx; x, y and the state twice.
 //   short_conv_time            the launch functions' choices
-//   short_conv_time --divide   other vectors, batches and CTAs an SM of forward and backward
+//   short_conv_time --divide   other vectors, batches and CTAs an SM of forward and backward, and
+//                              other numbers of sequences a thread of the step
+//   short_conv_time --divide-steps   the step alone
 #include <string>
 #include <vector>
 
 #include "sm90/short_conv/backward.cuh"
 #include "sm90/short_conv/kernel.cuh"
+#include "sm90/short_conv/step.cuh"
 #include "timing.h"
 
 namespace {
@@ -122,7 +125,8 @@ void time_convolution(int64_t T, int64_t C, int64_t length, bool divide) {
 }
 
 // As 32 calls in a CUDA graph on states in rotation.
-void time_step(int64_t N, int64_t T, int64_t C) {
+template <class Launch>
+void time_step(const char* what, int64_t N, int64_t T, int64_t C, Launch launch) {
   constexpr int kCalls = 32;
   const int64_t state_bytes = N * kShortConvHistory * C * 2;
   const int sets = int(std::min<int64_t>(kCalls, 1 + 120'000'000 / state_bytes));
@@ -145,7 +149,7 @@ void time_step(int64_t N, int64_t T, int64_t C) {
     p.x = x[i % sets].data(), p.y = y[i % sets].data(), p.state = states[i % sets].data();
     p.kernel = kernel.data();
     p.silu = true;
-    require(convolve_step(p, stream));
+    launch(p, stream);
   }
   CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
   CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
@@ -153,22 +157,49 @@ void time_step(int64_t N, int64_t T, int64_t C) {
   CHECK_CUDA(cudaGraphExecDestroy(exec));
   CHECK_CUDA(cudaGraphDestroy(graph));
   CHECK_CUDA(cudaStreamDestroy(stream));
-  std::printf("step  N %3ld  T %ld  C %5ld  %7.2f us  %.2f TB/s\n", long(N), long(T), long(C),
-              ms * 1e3, (2.0 * state_bytes + 4.0 * N * T * C) / ms * 1e-9);
+  std::printf("step  N %3ld  T %ld  C %5ld  %-12s %7.2f us  %.2f TB/s\n", long(N), long(T), long(C),
+              what, ms * 1e3, (2.0 * state_bytes + 4.0 * N * T * C) / ms * 1e-9);
+  std::fflush(stdout);
+}
+
+template <int kSequences>
+void divide_step(int64_t N, int64_t C) {
+  using Config = short_conv::StepConfig<1, kSequences>;
+  const int64_t channels = Config::kThreads * Config::kVector;
+  const auto ctas = unsigned((N + kSequences - 1) / kSequences * ((C + channels - 1) / channels));
+  const std::string what = std::to_string(kSequences) + " sequences";
+  time_step(what.c_str(), N, 1, C, [&](const ShortConvStepParams& p, cudaStream_t stream) {
+    short_conv::short_conv_step_kernel<Config><<<ctas, Config::kThreads, 0, stream>>>(p);
+  });
+}
+
+void time_steps(bool divide) {
+  const auto chosen = [](const ShortConvStepParams& p, cudaStream_t stream) {
+    require(convolve_step(p, stream));
+  };
+  for (int64_t C : {32 * 128, 3 * 32 * 128}) {
+    for (int64_t N : {1, 64, 256}) {
+      time_step("", N, 1, C, chosen);
+      if (!divide) continue;
+      divide_step<1>(N, C);
+      divide_step<2>(N, C);
+      divide_step<4>(N, C);
+    }
+    time_step("", 64, 4, C, chosen);
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   require(initialize(0));
-  const bool divide = argc > 1 && std::string(argv[1]) == "--divide";
+  const std::string argument = argc > 1 ? argv[1] : "";
+  const bool divide = argument == "--divide";
+  time_steps(divide || argument == "--divide-steps");
+  if (argument == "--divide-steps") return 0;
   for (int64_t H : {32, 96}) {
     time_convolution(8192, H * 128, 0, divide);
     time_convolution(8192, 3 * H * 128, 0, divide);
     for (int64_t length : {1024, 16, 1}) time_convolution(8192, 3 * H * 128, length, false);
-  }
-  for (int64_t C : {32 * 128, 3 * 32 * 128}) {
-    for (int64_t N : {1, 64, 256}) time_step(N, 1, C);
-    time_step(64, 4, C);
   }
 }

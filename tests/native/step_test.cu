@@ -14,6 +14,7 @@
 #include "dispatch/dispatch.h"
 #include "dtypes.h"
 #include "sm90/decode_step/kernel.cuh"
+#include "sm90/decode_step/one_token.cuh"
 
 namespace {
 
@@ -232,29 +233,38 @@ bool report(const char* name, bool good, const char* word) {
   return good;
 }
 
-bool check_named_twice() {
-  Case c{"slots named twice", {6, 2, 1, 2, 128, 128, 5}};
+bool check_named_twice(DType state, int64_t T) {
+  Case c{"slots named twice", {6, T, 1, 2, 128, 128, 5}};
+  c.state = state;
   c.indices = {1, 3, 1, 1, 0, 3};
   const Operands x(c);
   Case once = c;
   once.indices = {-1, -1, -1, -1, 0, -1};
   Launch twice(c, x), alone(once, x);
   bool good = twice.run(0xFF) && alone.run(0xFF);
-  const auto states = twice.state.download<uint32_t>(), wanted = alone.state.download<uint32_t>();
-  const size_t size = 2 * 128 * 128;
+  const auto states = twice.state.download<uint8_t>(), wanted = alone.state.download<uint8_t>();
+  const size_t size = 2 * 128 * 128 * (state == DType::kF32 ? 4 : 2);
   for (size_t slot : {0, 2, 4})
     good &= std::equal(states.begin() + slot * size, states.begin() + (slot + 1) * size,
                        wanted.begin() + slot * size);
   const auto o = twice.o.download<uint16_t>(), o_wanted = alone.o.download<uint16_t>();
-  const size_t row = 2 * 2 * 128;
+  const size_t row = T * 2 * 128;
   good &= std::equal(o.begin() + 4 * row, o.begin() + 5 * row, o_wanted.begin() + 4 * row);
   return report("slots named twice harm no other", good, "equal bits");
 }
 
-template <class State, class Held, int kLanes>
+template <class State, int kLanes>
 Status divided(const StepParams& p) {
-  using Config = decode_step::Config<State, Held, 128, kLanes, 1>;
+  using Config = decode_step::Config<State, 128, kLanes, 1>;
   decode_step::decode_step_kernel<Config>
+      <<<unsigned(p.shape.N * p.shape.HV * Config::kParts), Config::kThreads>>>(p);
+  return {};
+}
+
+template <int kLanes>
+Status one_token(const StepParams& p) {
+  using Config = decode_step::Config<__nv_bfloat16, 128, kLanes, 1, 1, uint32_t>;
+  decode_step::decode_one_token_kernel<Config>
       <<<unsigned(p.shape.N * p.shape.HV * Config::kParts), Config::kThreads>>>(p);
   return {};
 }
@@ -271,28 +281,29 @@ bool check_divisions() {
       good &= launch.run(0xFF);
       auto same = [&](auto step) { good &= other.run(0x3C, step) && other.same_bits(launch); };
       if (state == DType::kF32) {
-        same(divided<float, float, 8>);
-        same(divided<float, float, 16>);
-        same(divided<float, float, 32>);
+        same(divided<float, 8>);
+        same(divided<float, 16>);
+        same(divided<float, 32>);
       } else {
-        same(divided<Bf16, float, 8>);
-        same(divided<Bf16, float, 16>);
+        same(divided<Bf16, 8>);
+        same(divided<Bf16, 16>);
       }
       if (state == DType::kBF16 && T == 1) {
-        same(divided<Bf16, Bf16, 8>);
-        same(divided<Bf16, Bf16, 16>);
+        same(one_token<8>);
+        same(one_token<16>);
       }
     }
   return report("a state in 4, 2 and 1 parts", good, "equal bits");
 }
 
-bool check_batch() {
-  Case c{"batch", {40, 2, 2, 4, 128, 128, 0}};
+bool check_batch(DType state, int64_t T) {
+  Case c{"batch", {40, T, 2, 4, 128, 128, 0}};
+  c.state = state;
   const Operands x(c);
   Launch all(c, x);
   bool good = all.run(0xFF);
   const auto o = all.o.download<uint16_t>();
-  const auto states = all.state.download<uint32_t>();
+  const auto states = all.state.download<uint8_t>();
   for (int64_t n : {0, 17, 39}) {
     Case one = c;
     one.shape.N = 1;
@@ -305,7 +316,7 @@ bool check_batch() {
     Launch alone(one, y);
     good &= alone.run(0xFF);
     const auto own_o = alone.o.download<uint16_t>();
-    const auto own_states = alone.state.download<uint32_t>();
+    const auto own_states = alone.state.download<uint8_t>();
     good &= std::equal(own_o.begin(), own_o.end(), o.begin() + n * own_o.size());
     good &=
         std::equal(own_states.begin(), own_states.end(), states.begin() + n * own_states.size());
@@ -365,6 +376,11 @@ std::vector<Case> cases(bool quick) {
   add("pool, missing slots", {6, 2, HV, HV, 128, 128, 4}).indices = {2, -1, 4, INT_MIN, INT_MAX, 0};
   Case& pool = add("bf16 pool, missing slots", {4, 3, HV, HV, 64, 64, 3});
   pool.state = DType::kBF16, pool.indices = {-7, 2, 3, 0};
+  Case& one = add("bf16 pool, one token, missing slots", {6, 1, HV / 2, HV, 128, 128, 4});
+  one.state = DType::kBF16, one.indices = {2, -1, 4, INT_MIN, INT_MAX, 0};
+  Case& own = add("bf16 state, one token, own parameters", {3, 1, HV, HV, 128, 128, 0});
+  own.state = DType::kBF16, own.tokens = own.gates = DType::kF32;
+  own.parameters_per_sequence = true, own.token_states = false;
   add("nobody has a slot", {2, 2, HV, HV, 128, 128, 1}).indices = {-1, 1};
   return list;
 }
@@ -381,9 +397,11 @@ int main(int argc, char** argv) {
   int failures = 0, count = 0;
   auto tally = [&](bool good) { ++count, failures += good ? 0 : 1; };
   for (const Case& c : cases(quick)) tally(check(c));
-  tally(check_named_twice());
+  for (auto [state, T] : {std::pair{DType::kF32, 2}, {DType::kBF16, 1}}) {
+    tally(check_named_twice(state, T));
+    tally(check_batch(state, T));
+  }
   tally(check_divisions());
-  tally(check_batch());
   tally(check_refusals());
   std::printf("%d of %d passed\n", count - failures, count);
   return failures == 0 ? 0 : 1;

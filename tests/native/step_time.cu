@@ -9,6 +9,7 @@
 #include "device.h"
 #include "dispatch/dispatch.h"
 #include "sm90/decode_step/kernel.cuh"
+#include "sm90/decode_step/one_token.cuh"
 
 namespace {
 
@@ -105,22 +106,34 @@ struct Timed {
 
 void print(const char* what, const Timed& timed, double us) {
   const StepShape& s = timed.params.shape;
-  std::printf("N %4ld  T %ld  H %2ld  %-4s  %-10s %8.2f us  %.2f TB/s\n", long(s.N), long(s.T),
+  std::printf("N %4ld  T %ld  H %2ld  %-4s  %-30s %8.2f us  %.2f TB/s\n", long(s.N), long(s.T),
               long(s.H), name(timed.params.state_dtype), what, us, timed.bytes_moved / us * 1e-6);
   std::fflush(stdout);
 }
 
-template <class State, class Held, int kLanes, int kCtasPerSm>
-void time_division(const Timed& timed) {
-  using Config = decode_step::Config<State, Held, 128, kLanes, kCtasPerSm>;
+template <class Config>
+void time_division(const char* what, void (*kernel)(StepParams), const Timed& timed) {
   const unsigned ctas = unsigned(timed.params.shape.N * timed.params.shape.HV * Config::kParts);
   const double us = graph_us([&](int i, cudaStream_t stream) {
-    decode_step::decode_step_kernel<Config>
-        <<<ctas, Config::kThreads, 0, stream>>>(timed.with_state(i));
+    kernel<<<ctas, Config::kThreads, 0, stream>>>(timed.with_state(i));
   });
   CHECK_CUDA(cudaGetLastError());
-  const std::string what = std::to_string(Config::kParts) + " parts, " + std::to_string(kCtasPerSm);
-  print(what.c_str(), timed, us);
+  const std::string words =
+      what + std::to_string(Config::kParts) + " parts, " + std::to_string(Config::kCtasPerSm);
+  print(words.c_str(), timed, us);
+}
+
+template <class State, int kLanes, int kCtasPerSm, int kTokens = kMostStepTokens,
+          class Index = int64_t>
+void time_division(const Timed& timed, const char* what = "") {
+  using Config = decode_step::Config<State, 128, kLanes, kCtasPerSm, kTokens, Index>;
+  time_division<Config>(what, decode_step::decode_step_kernel<Config>, timed);
+}
+
+template <int kLanes, int kCtasPerSm>
+void time_one_token(const Timed& timed) {
+  using Config = decode_step::Config<__nv_bfloat16, 128, kLanes, kCtasPerSm, 1, uint32_t>;
+  time_division<Config>("packed, ", decode_step::decode_one_token_kernel<Config>, timed);
 }
 
 void time_shape(int64_t N, int64_t T, int64_t H, DType state, bool divide) {
@@ -129,13 +142,15 @@ void time_shape(int64_t N, int64_t T, int64_t H, DType state, bool divide) {
         graph_us([&](int i, cudaStream_t stream) { require(step(timed.with_state(i), stream)); }));
   if (!divide) return;
   if (state == DType::kF32) {
-    time_division<float, float, 8, 5>(timed);
-    time_division<float, float, 16, 3>(timed);
+    time_division<float, 16, 4, kMostStepTokens, uint32_t>(timed, "index 32, ");
+    if (T == 1) time_division<float, 16, 4, 1, uint32_t>(timed, "index 32, 1 token, ");
   } else if (T == 1) {
-    time_division<__nv_bfloat16, __nv_bfloat16, 8, 4>(timed);
-    time_division<__nv_bfloat16, __nv_bfloat16, 8, 5>(timed);
-    time_division<__nv_bfloat16, __nv_bfloat16, 8, 6>(timed);
-    time_division<__nv_bfloat16, __nv_bfloat16, 16, 3>(timed);
+    time_division<__nv_bfloat16, 8, 4>(timed);
+    time_one_token<8, 5>(timed);
+    time_one_token<8, 7>(timed);
+    time_one_token<16, 3>(timed);
+    time_one_token<16, 4>(timed);
+    time_one_token<16, 5>(timed);
   }
 }
 

@@ -23,17 +23,18 @@ namespace jax_flashkda::decode_step {
 template <class Config>
 struct Part {
   __device__ explicit Part(const StepParams& p) {
-    const int64_t item = blockIdx.x / Config::kParts;
-    n = item / p.shape.HV;
-    head = item % p.shape.HV;
+    using Index = typename Config::Index;
+    const Index item = blockIdx.x / Config::kParts, heads = static_cast<Index>(p.shape.HV);
+    n = item / heads;
+    head = item % heads;
     first_column = blockIdx.x % Config::kParts * Config::kColumns;
   }
   // Elements before token t of this head, in [N, T, heads, size].
   __device__ int64_t token(const StepParams& p, int64_t t, int64_t heads, int64_t h,
                            int64_t size) const {
-    return ((n * p.shape.T + t) * heads + h) * size;
+    return ((int64_t{n} * p.shape.T + t) * heads + h) * size;
   }
-  int64_t n, head;
+  typename Config::Index n, head;
   int first_column;
 };
 
@@ -56,8 +57,9 @@ template <class Config>
 class TokenInputs {
  public:
   __device__ __forceinline__ void load(const StepParams& p, const Part<Config>& part, int t) {
-    const int64_t qk_head = part.head / (p.shape.HV / p.shape.H);
-    const int64_t qk = part.token(p, t, p.shape.H, qk_head, Config::kK) + channel();
+    using Index = typename Config::Index;
+    const auto group = static_cast<Index>(p.shape.HV) / static_cast<Index>(p.shape.H);
+    const int64_t qk = part.token(p, t, p.shape.H, part.head / group, Config::kK) + channel();
     q_.load(p.q, p.qkv_dtype, qk);
     k_.load(p.k, p.qkv_dtype, qk);
     g_.load(p.g, p.g_dtype, part.token(p, t, p.shape.HV, part.head, Config::kK) + channel());
@@ -65,7 +67,7 @@ class TokenInputs {
         p.v, p.qkv_dtype,
         part.token(p, t, p.shape.HV, part.head, Config::kV) + part.first_column + lane() * kValues);
     beta_.load(p.beta, p.beta_dtype, part.token(p, t, p.shape.HV, part.head, 1));
-    const int64_t row = (p.parameters_per_sequence ? part.n * p.shape.HV : 0) + part.head;
+    const int64_t row = (p.parameters_per_sequence ? int64_t{part.n} * p.shape.HV : 0) + part.head;
     if (p.A_log != nullptr) A_log_ = p.A_log[row];
     if (p.dt_bias != nullptr)
       dt_bias_ = *reinterpret_cast<const Biases*>(p.dt_bias + row * Config::kK + channel());
@@ -98,7 +100,7 @@ class TokenInputs {
           gate_coefficients(p.gate, a, dt_bias_.values[i], p.gate_lower_bound);
       const float qi = q[i] * q_factor, ki = k[i] * k_factor;
       kq = fmaf(ki, qi, kq);
-      s.rows[t][channel + i] = {ki, qi, decay_of(p.gate, g[i], gate), 0.0f};
+      s.rows[t][channel + i] = {ki, decay_of(p.gate, g[i], gate), qi, 0.0f};
     }
 #pragma unroll
     for (int i = 0; i < kValues; ++i) s.v[t][lane * kValues + i] = v[i];
@@ -123,75 +125,32 @@ class TokenInputs {
   Biases dt_bias_ = {};
 };
 
-// The elements of the state that a thread holds: kRowsOfGroup x kGroupsOfLane rows of kVector
-// columns.
+// Which elements of a state a thread holds: kVector columns of kRowsOfGroup x kGroupsOfLane rows.
 template <class Config>
-struct Held {
-  using State = typename Config::State;
-  using HeldElement = typename Config::HeldElement;
-  using Vector = Elements<State, Config::kVector>;
-  static constexpr int kGroupsOfLane = Config::kGroupsOfLane, kVector = Config::kVector;
+struct Place {
+  static constexpr int kGroupsOfLane = Config::kGroupsOfLane;
 
-  __device__ explicit Held(const Part<Config>& part)
+  __device__ explicit Place(const Part<Config>& part)
       : first_row(threadIdx.x / 32 * Config::kRowsOfWarp +
                   threadIdx.x % 32 / Config::kLanes * kGroupsOfLane),
-        own_column(threadIdx.x % Config::kLanes * kVector),
+        own_column(threadIdx.x % Config::kLanes * Config::kVector),
         offset(int64_t{first_row} * Config::kV + part.first_column + own_column) {}
 
   static __device__ constexpr int row(int i, int group) { return i * Config::kGroups + group; }
 
-  // Read once and by nobody else: past the first-level cache, and first to leave the second.
-  __device__ void load(const State* state) {
+  // visit(i, group, the first of its elements in the state of a head), for all of a thread's rows.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll
     for (int i = 0; i < Config::kRowsOfGroup; ++i)
 #pragma unroll
-      for (int group = 0; group < kGroupsOfLane; ++group) {
-        const uint4 raw =
-            __ldcs(reinterpret_cast<const uint4*>(state + offset + row(i, group) * Config::kV));
-        const Vector vector = *reinterpret_cast<const Vector*>(&raw);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) convert(values[i][group].values[j], vector.values[j]);
-      }
-  }
-  __device__ void store(State* state) const {
-#pragma unroll
-    for (int i = 0; i < Config::kRowsOfGroup; ++i)
-#pragma unroll
-      for (int group = 0; group < kGroupsOfLane; ++group) {
-        Vector vector;
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) convert(vector.values[j], values[i][group].values[j]);
-        __stcs(reinterpret_cast<uint4*>(state + offset + row(i, group) * Config::kV),
-               *reinterpret_cast<const uint4*>(&vector));
-      }
-  }
-
-  // Decays the state (held in fp32, or for the sums alone); S^T k and S^T q over this warp's rows.
-  __device__ void decay_and_read(const typename Config::Row* rows, float (&read)[kVector],
-                                 float (&out)[kVector]) {
-    float reads[kGroupsOfLane][kVector] = {}, outs[kGroupsOfLane][kVector] = {};
-#pragma unroll
-    for (int i = 0; i < Config::kRowsOfGroup; ++i)
-#pragma unroll
-      for (int group = 0; group < kGroupsOfLane; ++group) {
-        const typename Config::Row x = rows[first_row + row(i, group)];
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          const float value = to_float(values[i][group].values[j]) * x.decay;
-          if constexpr (!Config::kOneToken) values[i][group].values[j] = value;
-          reads[group][j] = fmaf(value, x.k, reads[group][j]);
-          outs[group][j] = fmaf(value, x.q, outs[group][j]);
-        }
-      }
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      read[j] = sum_of_groups(reads, j);
-      out[j] = sum_of_groups(outs, j);
-    }
+      for (int group = 0; group < kGroupsOfLane; ++group)
+        visit(i, group, offset + row(i, group) * Config::kV);
   }
 
   // (group 0 + group 1) + (group 2 + group 3), be they in one lane or in four.
-  static __device__ float sum_of_groups(const float (&x)[kGroupsOfLane][kVector], int j) {
+  template <int kColumns>
+  static __device__ float sum_of_groups(const float (&x)[kGroupsOfLane][kColumns], int j) {
     constexpr unsigned kAll = 0xffffffffu;
     if constexpr (kGroupsOfLane == 4) return (x[0][j] + x[1][j]) + (x[2][j] + x[3][j]);
     float sum = x[0][j];
@@ -200,50 +159,82 @@ struct Held {
     return sum + __shfl_xor_sync(kAll, sum, 16);
   }
 
-  // Makes the compiler take the elements for new ones: it would rather keep what it made of them
-  // for the sums, in twice the registers, than make it again.
-  __device__ void forget_what_was_made() {
-#pragma unroll
-    for (int i = 0; i < Config::kRowsOfGroup; ++i)
-#pragma unroll
-      for (int group = 0; group < kGroupsOfLane; ++group) {
-        uint4 raw = *reinterpret_cast<const uint4*>(&values[i][group]);
-        asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
-        values[i][group] = *reinterpret_cast<const Elements<HeldElement, kVector>*>(&raw);
-      }
-  }
-
-  // Adds k u^T to the decayed state.
-  __device__ void add(const typename Config::Row* rows, const float (&u)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < Config::kRowsOfGroup; ++i)
-#pragma unroll
-      for (int group = 0; group < kGroupsOfLane; ++group) {
-        const typename Config::Row& x = rows[first_row + row(i, group)];
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          HeldElement& element = values[i][group].values[j];
-          float value = to_float(element);
-          if constexpr (Config::kOneToken) value *= x.decay;
-          from_float(element, fmaf(x.k, u[j], value));
-        }
-      }
-  }
-
   __device__ bool in_first_row_group() const { return threadIdx.x % 32 < Config::kLanes; }
 
-  Elements<HeldElement, kVector> values[Config::kRowsOfGroup][kGroupsOfLane];
   int first_row, own_column;
   int64_t offset;  // of the first element, in the state of a head
 };
 
-// Columns own_column .. of the sum over the four warps, in a fixed order.
+// A thread's elements in fp32.
 template <class Config>
-__device__ __forceinline__ void sum_of_warps(
-    const float (&partial)[Config::kWarps][Config::kColumns], int column,
-    float (&sum)[Config::kVector]) {
+struct Held : Place<Config> {
+  using Place = decode_step::Place<Config>;
+  using State = typename Config::State;
+  using Vector = Elements<State, Config::kVector>;
+  static constexpr int kGroupsOfLane = Place::kGroupsOfLane, kVector = Config::kVector;
+
+  __device__ explicit Held(const Part<Config>& part) : Place(part) {}
+
+  // Read once and by nobody else: past the first-level cache, and first to leave the second.
+  __device__ void load(const State* state) {
+    Place::each([&](int i, int group, int64_t at) {
+      const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(state + at));
+      const Vector vector = *reinterpret_cast<const Vector*>(&raw);
 #pragma unroll
-  for (int j = 0; j < Config::kVector; ++j)
+      for (int j = 0; j < kVector; ++j) convert(values[i][group].values[j], vector.values[j]);
+    });
+  }
+  __device__ void store(State* state) const {
+    Place::each([&](int i, int group, int64_t at) {
+      Vector vector;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) convert(vector.values[j], values[i][group].values[j]);
+      __stcs(reinterpret_cast<uint4*>(state + at), *reinterpret_cast<const uint4*>(&vector));
+    });
+  }
+
+  // Decays the state; S^T k and S^T q over this warp's rows.
+  __device__ void decay_and_read(const typename Config::Row* rows, float (&read)[kVector],
+                                 float (&out)[kVector]) {
+    float reads[kGroupsOfLane][kVector] = {}, outs[kGroupsOfLane][kVector] = {};
+    Place::each([&](int i, int group, int64_t) {
+      const typename Config::Row x = rows[Place::first_row + Place::row(i, group)];
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        float& value = values[i][group].values[j];
+        value *= x.decay;
+        reads[group][j] = fmaf(value, x.k, reads[group][j]);
+        outs[group][j] = fmaf(value, x.q, outs[group][j]);
+      }
+    });
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      read[j] = Place::sum_of_groups(reads, j);
+      out[j] = Place::sum_of_groups(outs, j);
+    }
+  }
+
+  // Adds k u^T to the decayed state.
+  __device__ void add(const typename Config::Row* rows, const float (&u)[kVector]) {
+    Place::each([&](int i, int group, int64_t) {
+      const typename Config::Row& x = rows[Place::first_row + Place::row(i, group)];
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        float& value = values[i][group].values[j];
+        value = fmaf(x.k, u[j], value);
+      }
+    });
+  }
+
+  Elements<float, kVector> values[Config::kRowsOfGroup][kGroupsOfLane];
+};
+
+// Columns own_column .. of the sum over the four warps, in a fixed order.
+template <class Config, int kCount>
+__device__ __forceinline__ void sum_of_warps(
+    const float (&partial)[Config::kWarps][Config::kColumns], int column, float (&sum)[kCount]) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
     sum[j] = (partial[0][column + j] + partial[1][column + j]) +
              (partial[2][column + j] + partial[3][column + j]);
 }
@@ -305,7 +296,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     sum_of_warps<Config>(partial[0], held.own_column, read);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) u[j] = s.beta[t] * (s.v[t][held.own_column + j] - read[j]);
-    if constexpr (Config::kOneToken) held.forget_what_was_made();
     held.add(s.rows[t], u);
     if (warp == 0 && held.in_first_row_group()) {
       sum_of_warps<Config>(partial[1], held.own_column, out);

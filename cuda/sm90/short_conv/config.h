@@ -33,8 +33,11 @@ struct ReduceConfig {
   static constexpr int kVector = 4, kChannels = 32 * kVector;  // of a CTA
 };
 
+// A thread of the step has up to kTokens tokens of kSequences sequences.
+template <int kTokens_, int kSequences_>
 struct StepConfig {
   static constexpr int kThreads = 128, kVector = 4;
+  static constexpr int kTokens = kTokens_, kSequences = kSequences_;
 };
 
 }  // namespace jax_flashkda::short_conv

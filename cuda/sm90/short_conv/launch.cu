@@ -54,6 +54,15 @@ Status launch_reduce(const ShortConvBackwardParams& params, CUstream_st* stream)
   return launch_status("short_conv_reduce_kernel");
 }
 
+template <class Config>
+Status launch_step(const ShortConvStepParams& params, CUstream_st* stream) {
+  const int64_t groups = divide_up(params.shape.C, Config::kThreads * Config::kVector);
+  const auto ctas = static_cast<unsigned>(divide_up(params.shape.N, Config::kSequences) * groups);
+  clear_older_error();
+  short_conv_step_kernel<Config><<<ctas, Config::kThreads, 0, stream>>>(params);
+  return launch_status("short_conv_step_kernel");
+}
+
 }  // namespace
 
 Status launch_short_conv(const ShortConvParams& params, CUstream_st* stream) {
@@ -78,11 +87,13 @@ Status launch_short_conv_backward(const ShortConvBackwardParams& params, CUstrea
 }
 
 Status launch_short_conv_step(const ShortConvStepParams& params, CUstream_st* stream) {
-  constexpr int64_t kChannels = StepConfig::kThreads * StepConfig::kVector;
-  const auto ctas = static_cast<unsigned>(params.shape.N * divide_up(params.shape.C, kChannels));
-  clear_older_error();
-  short_conv_step_kernel<StepConfig><<<ctas, StepConfig::kThreads, 0, stream>>>(params);
-  return launch_status("short_conv_step_kernel");
+  constexpr int64_t kOneWave = 132 * 1024;  // threads that run together
+  const ShortConvStepShape& s = params.shape;
+  const bool one_wave = s.N * s.C <= kOneWave * StepConfig<1, 1>::kVector;
+  if (s.T > 1) return launch_step<StepConfig<kMostStepTokens, 1>>(params, stream);
+  if (one_wave || params.parameters_per_sequence)
+    return launch_step<StepConfig<1, 1>>(params, stream);
+  return launch_step<StepConfig<1, 4>>(params, stream);
 }
 
 }  // namespace jax_flashkda::sm90

@@ -370,41 +370,39 @@ def test_prefill_and_steps_equal_whole_rows():
 
 @pytest.mark.gpu
 def test_the_layers_of_the_released_model_on_the_kernels():
-    """Four layers of its shapes in bfloat16 (fewer words and experts, which hold no KDA): the KDA
-    layers are the kernels, and the logits those of XLA and of decoding.
+    """Four layers of its shapes in bfloat16: the KDA layers are the kernels, and the logits as near
+    to those in float32 as XLA's. Of its MLPs the dense one: which experts a token meets may turn on
+    the last bit, and logits then differ by 7 % between bfloat16 and float32 (dense: 1.4 %).
     """
-    config = kimi_linear.Config(vocab_size=512, num_experts=16)
+    config = kimi_linear.Config(vocab_size=512, mlp_layer_types=("dense",) * 4)
     assert (config.hidden_size, config.linear_num_heads, config.linear_head_dim) == (2304, 32, 128)
-    types = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 
-    @functools.cache
-    def state():
-        make = lambda: nnx.state(kimi_linear.KimiLinear(config, **types, rngs=nnx.Rngs(0)))
-        return jax.jit(make)()
+    def make(dtype, implementation):
+        types = dict(dtype=dtype, param_dtype=jnp.bfloat16)
+        options = types | dict(rngs=nnx.Rngs(0), implementation=implementation)
+        return kimi_linear.KimiLinear(config, **options)
 
-    def model(implementation):
-        abstract = nnx.eval_shape(
-            lambda: kimi_linear.KimiLinear(
-                config, **types, rngs=nnx.Rngs(0), implementation=implementation
-            )
-        )
-        return nnx.merge(nnx.graphdef(abstract), state())
+    state = jax.jit(lambda: nnx.state(make(jnp.bfloat16, "cuda")))()
+
+    def model(*options):
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(*options))), state)
+
+    def distance(got, expected):
+        return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
 
     tokens = np.random.default_rng(1).integers(0, 512, (2, 200))
     ids = np.repeat([[1, 2, 0]], [120, 70, 10], axis=1) * np.ones((2, 1), np.int32)
     run = jax.jit(lambda model, tokens, ids: model(tokens, segment_ids=ids))
-    kernels, xla = model("cuda"), model("xla")
+    kernels = model(jnp.bfloat16, "cuda")
     text = run.lower(kernels, tokens, ids).compile().as_text()
     assert text.count('custom_call_target="jax_flashkda.forward"') == 3
-    got, expected = (np.asarray(run(m, tokens, ids))[ids > 0] for m in (kernels, xla))
-    error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
-    assert error < 0.03, error  # roundings to bfloat16 in every layer; other experts, rarely
+    others = (model(jnp.bfloat16, "xla"), model(jnp.float32, "xla"))
+    got, xla, exact = (np.asarray(run(m, tokens, ids))[ids > 0] for m in (kernels, *others))
+    assert distance(got, exact) < 1.5 * distance(xla, exact) < 0.05
 
     last, cache = jax.jit(lambda m, x: m.prefill(x, 104))(kernels, tokens[:, :100])
     step = jax.jit(lambda m, x, cache: m.step(x, cache))
     whole = np.asarray(run(kernels, tokens[:, :104], np.ones((2, 104), np.int32)))
     for t in range(100, 104):
-        said = np.asarray(last).reshape(2, -1)
-        error = np.sqrt(np.mean((said - whole[:, t - 1]) ** 2) / np.mean(whole[:, t - 1] ** 2))
-        assert error < 0.03, (t, error)
+        assert distance(np.asarray(last).reshape(2, -1), whole[:, t - 1]) < 0.03, t
         last, cache = step(kernels, tokens[:, t : t + 1], cache)

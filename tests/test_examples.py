@@ -1,10 +1,12 @@
 """Every example runs as its heading says, and the training example survives being killed."""
 
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 from pathlib import Path
@@ -194,3 +196,22 @@ def test_generate_needs_a_checkpoint(tmp_path):
     script = command(EXAMPLES / "generate.py", f"--out={tmp_path}")
     ran = subprocess.run(script, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 1 and "run examples/train_lm.py first" in ran.stderr
+
+
+@pytest.mark.gpu
+def test_training_on_the_kernels_follows_training_on_xla(monkeypatch):
+    """Twenty steps of the language model, on packed text with padding."""
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(EXAMPLES.parent / folder)
+    train_lm, training_curve = map(importlib.import_module, ("train_lm", "training_curve"))
+    sizes = dict(batch=4, seq_len=512, layers=2, width=256, heads=2)
+    config = train_lm.Config(steps=20, **sizes, learning_rate=3e-3, seed=0, text=0)
+    documents, _ = train_lm.read_corpus(Path(sysconfig.get_path("stdlib")))
+    rows = train_lm.pack_documents(documents[:400], seq_len=config.seq_len)
+    assert not rows.loss_mask.all()
+    kernels, xla = (
+        training_curve.curve(train_lm, config, rows, implementation, reverse=False)[0]
+        for implementation in ("cuda", "xla")
+    )
+    assert np.isfinite(xla).all() and xla[-1] < 0.8 * xla[0]
+    np.testing.assert_allclose(kernels, xla, rtol=0.03)

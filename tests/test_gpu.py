@@ -131,6 +131,15 @@ def test_smaller_heads(K, V):
     oracle.check(case, run(case, "cuda"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_xla_on_a_gpu(dtype):
+    """What runs there where the kernels do not: packed rows with padding, states, all gradients."""
+    ids = ((1,) * 60 + (2,) * 90 + (0,) * 50, (0,) * 10 + (3,) * 190)
+    sizes = dict(H=8, HV=16, K=32, V=16, dtype=dtype)
+    case = dataclasses.replace(SMALL, segment_ids=ids, max_segments=3, **sizes)
+    oracle.check(case, run(case, "xla"))
+
+
 def test_the_gradient_is_the_kernels():
     arrays, cotangents = SMALL.arrays(), SMALL.cotangents()
 

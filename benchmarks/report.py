@@ -226,6 +226,25 @@ def who_wins(record) -> str:
     return "\n".join(lines) or "Where softmax attention is faster: not in this record."
 
 
+def training_curve(record) -> str:
+    """The example model trained on the kernels and on XLA."""
+    curve = record.get("training_curve")
+    if curve is None:
+        return "Not in this record."
+    titles = ["run", "tokens a second", "loss at the end", "mean distance from XLA", "largest"]
+    apart = [curve[f"{which}_difference_from_xla"] for which in ("mean", "largest")]
+    rows = [
+        [name, f"{speed:,}", f"{curve['last_losses'][name]:.4f}"]
+        + [f"{x[name]:.5f}" if name in x else "" for x in apart]
+        for name, speed in curve["tokens_per_second"].items()
+    ]
+    sizes = curve["config"]
+    return (
+        f"{sizes['steps']} steps of {sizes['batch']} rows of {sizes['seq_len']:,} tokens, "
+        f"{sizes['layers']} layers of {sizes['heads']} heads.\n\n{markdown(titles, rows)}"
+    )
+
+
 def run(record) -> str:
     """Where the record is from, and what was tested on the same sources in the same run."""
     versions = record.get("versions", {})
@@ -287,6 +306,7 @@ PARTS = {
     "who_wins": who_wins,
     "over_t_forward": lambda record: over_t(record, "forward"),
     "over_t_training": lambda record: over_t(record, "training"),
+    "training_curve": training_curve,
     "sources": sources,
 }
 

@@ -220,6 +220,15 @@ def time_softmax(record, names, seconds):
         raise RuntimeError(f"softmax.py: {ended}")
 
 
+def train_side_by_side(keep, seconds):
+    """Loss curves and tokens a second of the example model on the kernels and on XLA."""
+    found, ended = lines_of("training_curve.py", [], seconds, "training_curve")
+    if not found:
+        raise RuntimeError(f"training_curve.py: {ended}")
+    print({name: x for name, x in found[0].items() if name != "losses"}, flush=True)
+    keep(training_curve=found[0])
+
+
 def time_peers(record, seconds):
     """Adds the peers' milliseconds to the rows of the record, or why there are none."""
     for name, times in peers.time_all(list(record["forward_ms"]), seconds).items():
@@ -327,6 +336,9 @@ def main():
     parser.add_argument(
         "--softmax-seconds", type=int, default=120, help="time limit of softmax attention over T"
     )
+    parser.add_argument(
+        "--curve-seconds", type=int, default=240, help="time limit of the training curves"
+    )
     parser.add_argument("--only", nargs="*", choices=SHAPES, metavar="SHAPE")
     parser.add_argument(
         "--only-steps",
@@ -414,6 +426,8 @@ def main():
     softmax = lambda: time_softmax(record, [], options.softmax_seconds)
     whole &= attempt("softmax attention", softmax)
     keep()
+    curves = lambda: train_side_by_side(keep, options.curve_seconds)
+    whole &= attempt("training curves", curves)
     if peer_seconds > 0:
         whole &= attempt("peers", lambda: time_peers(record, peer_seconds))
         keep()

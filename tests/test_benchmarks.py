@@ -128,3 +128,17 @@ def test_what_failed_over_t_is_told(report):
     del record["over_t"][-1]["ms"]
     record["over_t"][-1]["error"] = "RESOURCE_EXHAUSTED"
     assert "RESOURCE_EXHAUSTED" in report.who_wins(record)
+
+
+def test_training_curves_are_told(report):
+    curve = {
+        "config": dict(steps=500, batch=8, seq_len=1024, layers=2, width=512, heads=4),
+        "tokens_per_second": {"kernels": 1234567, "xla": 1000},
+        "last_losses": {"kernels": 1.5, "xla": 1.25},
+        "mean_difference_from_xla": {"kernels": 0.25},
+        "largest_difference_from_xla": {"kernels": 0.5},
+    }
+    words = report.training_curve({"training_curve": curve})
+    assert "| kernels | 1,234,567 | 1.5000 | 0.25000 | 0.50000 |" in words
+    assert "| xla | 1,000 | 1.2500 |  |  |" in words and "500 steps" in words
+    assert report.training_curve({}) == "Not in this record."

@@ -71,14 +71,14 @@ def compare(case, name, value, truth, peer):
         size = np.maximum(size, 1e-3 * np.max(size))
         error, allowed = error / size, allowed / size
     whole = np.sqrt(np.mean(allowed**2))
-    error, allowed, scale = (_blocks(name, x) for x in (error, allowed, true))
+    error, allowed = _blocks(name, error), _blocks(name, allowed)
     rms = lambda x: np.sqrt(np.mean(x**2, axis=-1))
     floor = 2 * float(jnp.finfo(value_dtype).eps)
     if name == "d_dt_bias":
         # A sum over tokens may cancel: what counts is its error against the size of its summands.
         floor *= np.max(_summand_size(truth, name))
     elif name != "dA_log":
-        floor *= np.max(np.abs(scale), axis=-1)
+        floor *= np.max(np.abs(_blocks(name, true, of_means=False)), axis=-1)
     limit = PEER_FACTOR * np.maximum(rms(allowed), whole) + floor
     over = rms(error) / limit
     failures = []
@@ -110,9 +110,9 @@ def _cap(case, name):
     return CAP_FP32 if case.dtype == "float32" else CAPS_16_BIT[name]
 
 
-def _blocks(name, x):
+def _blocks(name, x, of_means=True):
     """x as [.., values], one row per (batch, head, 64 tokens), per (batch, .., head) of a state, or
-    whole.
+    whole; for means of squares, or else as it is.
     """
     if name in ("dA_log", "d_dt_bias"):
         return x.reshape(1, -1)
@@ -126,7 +126,9 @@ def _blocks(name, x):
     blocks = x[:, tokens]  # [B, M, 64, H, D]
     own = (tokens >= np.arange(0, T, BLOCK)[:, None])[None, :, :, None, None]
     count = own.sum(axis=2, keepdims=True)
-    blocks = np.where(own, blocks, 0) * np.sqrt(blocks.shape[2] / count)
+    blocks = np.where(own, blocks, 0)
+    if of_means:
+        blocks = blocks * np.sqrt(blocks.shape[2] / count)
     return np.moveaxis(blocks, 3, 1).reshape(B, H, len(starts), -1)
 
 

@@ -64,7 +64,7 @@ int results() {
 }
 
 int promise() {
-  enum Kind { kTokens, kStates, kSums };
+  enum Kind { kTokens, kStates, kSums, kSumsOneByOne };
   const auto kind = Kind(number<int64_t>());
   const auto T = number<int64_t>(), heads = number<int64_t>(), D = number<int64_t>();
   const auto eps = number<double>();
@@ -75,7 +75,8 @@ int promise() {
                                  : kind == kStates ? oracle::state_block
                                                    : oracle::BlockOf();
   const oracle::PromiseShare result =
-      oracle::share_of_promise(truth, peer, got, eps, blocks, kind == kSums ? &sizes : nullptr);
+      oracle::share_of_promise(truth, peer, got, eps, blocks, kind >= kSums ? &sizes : nullptr,
+                               kind == kSumsOneByOne);
   write({result.share, result.error, result.peer});
   return EXIT_SUCCESS;
 }

@@ -64,7 +64,8 @@ struct Verdict {
   // Whatever the screen says.
   void hold_to_promise(const Judged& x, const std::vector<double>& peer, bool well_conditioned) {
     const auto [share, error, peer_error] = oracle::share_of_promise(
-        x.truth, peer, x.got, x.is_bf16 ? oracle::kBf16Eps : FLT_EPSILON, x.block_of, x.sizes);
+        x.truth, peer, x.got, x.is_bf16 ? oracle::kBf16Eps : FLT_EPSILON, x.block_of, x.sizes,
+        /*one_by_one=*/x.name == "dA_log");
     char text[200];
     std::snprintf(text, sizeof(text), "  %s %.3f of the promise (errs %.2e, the peer %.2e)",
                   x.name.c_str(), share, error, peer_error);

@@ -42,24 +42,29 @@ struct PromiseShare {
 };
 
 // `eps` is of the type of `got`. `sizes`, of sums over tokens: the roots of the sums of their
-// summands' squares, which are what such a sum's error is relative to.
+// summands' squares, which are what such a sum's error is relative to; `one_by_one`: each sum's to
+// its own, none of which counts as less than a thousandth of the largest.
 inline PromiseShare share_of_promise(const std::vector<double>& truth,
                                      const std::vector<double>& peer, const std::vector<float>& got,
                                      double eps, const BlockOf& block_of,
-                                     const std::vector<double>* sizes = nullptr) {
+                                     const std::vector<double>* sizes = nullptr,
+                                     bool one_by_one = false) {
   struct Sums {
     double error = 0.0, peer = 0.0, size = 0.0, largest = 0.0;
     int64_t count = 0;
     double rms(double squares) const { return std::sqrt(squares / double(count)); }
   };
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const double largest_size =
+      one_by_one && !sizes->empty() ? *std::max_element(sizes->begin(), sizes->end()) : 0.0;
   Sums whole;
   std::map<int64_t, Sums> blocks;
   for (size_t i = 0; i < truth.size(); ++i) {
     if (!std::isfinite(got[i])) return {kInfinity, kInfinity, 0.0};
-    const double expected = held(truth[i]), error = held(got[i]) - expected,
-                 off = held(peer[i]) - expected,
-                 size = std::fabs(sizes != nullptr ? (*sizes)[i] : expected);
+    const double expected = held(truth[i]),
+                 unit = largest_size > 0.0 ? std::max((*sizes)[i], 1e-3 * largest_size) : 1.0,
+                 error = (held(got[i]) - expected) / unit, off = (held(peer[i]) - expected) / unit,
+                 size = std::fabs(sizes != nullptr ? (*sizes)[i] : expected) / unit;
     for (Sums* sums : {&whole, &blocks[block_of ? block_of(int64_t(i)) : 0]}) {
       sums->error += error * error, sums->peer += off * off, sums->size += size * size;
       sums->largest = std::max(sums->largest, size), ++sums->count;

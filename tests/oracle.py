@@ -196,7 +196,7 @@ def _evaluate_arrays(case, arrays, kind, gradients):
         options = {name: x for name, x in case.options.items() if name in _REFERENCE_OPTIONS}
         with jax.enable_x64(True):
             operands = _operand_dtype(kind, case.dtype)
-            program = _program(operands, gradients, tuple(sorted(options.items())))
+            program = _program(reference, operands, gradients, tuple(sorted(options.items())))
             out = program(inputs, at_slot(initial), valid, cut(d_o), at_slot(d_final))
             return {name: np.asarray(x, np.float64) for name, x in out.items()}
 
@@ -290,9 +290,10 @@ def _operand_dtype(kind, dtype):
 
 
 @functools.cache
-def _program(operand_dtype, gradients, options):
+def _program(reference, operand_dtype, gradients, options):
     """The compiled truth (None) or peer of one kind of operands: results by name, for segments side
-    by side. Inputs of all types share it: they come as float64.
+    by side. Inputs of all types share it: they come as float64. A test with mistakes in a copy of
+    the reference (test_mutations.py) has programs of its own.
     """
     options, is_truth = dict(options), operand_dtype is None
     if is_truth:

@@ -9,6 +9,7 @@ import types
 import call
 import cases
 import jax.numpy as jnp
+import numpy as np
 import oracle
 import pytest
 import test_kda
@@ -135,6 +136,16 @@ def test_is_caught(name, small):
 def test_nothing_is_caught_without_a_mistake(module, test, small):
     small.setattr(module, "run", stand_in(gradients=module is test_kda))
     test()
+
+
+def test_a_mistake_stays_in_its_copy():
+    """The peer is no other one afterwards: compiled programs are kept, and mistakes have their own."""
+    case = cases.Case(T=17, H=1, HV=2, K=16, V=16, dtype="bfloat16", final_state=True)
+    peer = lambda: oracle.evaluate_arrays(case, case.arrays(), "peer")["final_state"]
+    before = peer()
+    wrong = stand_in(**MUTATIONS["a transposed state"][3])(case, "cuda")["final_state"]
+    assert not np.allclose(wrong, before, rtol=0.1)
+    np.testing.assert_array_equal(peer(), before)
 
 
 def test_the_named_tests_call_what_is_replaced():

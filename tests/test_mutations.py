@@ -139,7 +139,7 @@ def test_nothing_is_caught_without_a_mistake(module, test, small):
 
 
 def test_a_mistake_stays_in_its_copy():
-    """The peer is no other one afterwards: compiled programs are kept, and mistakes have their own."""
+    """The peer is no other one afterwards: programs are kept, and mistakes have their own."""
     case = cases.Case(T=17, H=1, HV=2, K=16, V=16, dtype="bfloat16", final_state=True)
     peer = lambda: oracle.evaluate_arrays(case, case.arrays(), "peer")["final_state"]
     before = peer()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import known
 import peers
+import sanitizers
 import shapes
 import softmax
 
@@ -254,15 +255,10 @@ def run(record) -> str:
     words += f", sources {record['digest'][:12]}."
     words += _tested(record.get("tests"))
     for tool, runs in record.get("sanitizers", {}).items():
-        clean = [command for command, said in runs.items() if CLEAN.search(said)]
-        words += f" {tool}: clean in {len(clean)} of {len(runs)} programs."
-        words += "".join(
-            f" `{command}`: {said}." for command, said in runs.items() if command not in clean
-        )
+        told = sanitizers.not_clean({tool: runs})
+        words += f" {tool}: clean in {len(runs) - len(told)} of {len(runs)} programs."
+        words += "".join(f" `{run}`." for run in told)
     return words + (f" {record['note']}" if "note" in record else "")
-
-
-CLEAN = re.compile(r"SUMMARY: 0 (errors|hazards)")
 
 
 def _tested(counts) -> str:

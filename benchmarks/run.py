@@ -27,6 +27,7 @@ import threading
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peers
@@ -272,6 +273,20 @@ def run_tests(arguments) -> dict:
     return counts | {"status": status, "failed": failed, "seconds": seconds, "gpus": gpu_count()}
 
 
+def test(keep, options):
+    counts = run_tests(options.pytest)
+    keep(tests=counts)
+    if counts["status"] != 0:
+        raise RuntimeError(f"the GPU tests ended with status {counts['status']}")
+
+
+def sanitize(keep, options):
+    results = sanitizers.check_all(options.sanitizer_seconds, gpu_count())
+    keep(sanitizers=results)
+    if found := sanitizers.not_clean(results):
+        raise RuntimeError("; ".join(found))
+
+
 def gpu_count() -> int:
     """GPUs of this machine, without a CUDA context in this process."""
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
@@ -378,6 +393,7 @@ def main():
         print(report.steps(steps), report.layer_steps(steps), report.small(steps), sep="\n\n")
         return
     record = {} if options.only or check() else json.loads(RECORD.read_text())
+    record.pop("note", None)  # written by hand, of what that run left undone
     record |= {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     if options.only:
         runs = {}
@@ -402,16 +418,13 @@ def main():
 
     whole = True
     if not options.times:  # both keep to themselves what they use of the device
-        sanitize = lambda: keep(
-            sanitizers=sanitizers.check_all(options.sanitizer_seconds, gpu_count())
-        )
-        beside = threading.Thread(target=attempt, args=("sanitizers", sanitize))
-        beside.start()
-        whole &= attempt("tests", lambda: keep(tests=run_tests(options.pytest)))
-        beside.join()
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(attempt, "sanitizers", lambda: sanitize(keep, options))
+            whole &= attempt("tests", lambda: test(keep, options))
+            whole &= beside.result()
     if options.tests:
         print(json.dumps({name: record.get(name) for name in ("tests", "sanitizers")}))
-        return
+        sys.exit(0 if whole else "tests or sanitizers failed: see above")
     runs, layer_runs = {}, []
     whole &= attempt("forward", lambda: time_forward(list(SHAPES), keep, runs))
     whole &= attempt("steps", lambda: keep(step_ms=time_steps(runs)))

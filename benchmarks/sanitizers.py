@@ -5,6 +5,7 @@ They are built with -DJAX_FLASHKDA_NATIVE_TESTS=ON in build/.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ RUNS = {
     "racecheck": ["gradient_test --quick", "step_test --quick"],
 }
 AT_ONCE = 6
+CLEAN = re.compile(r"SUMMARY: 0 (errors|hazards)")
 
 
 def found(tool, command, seconds, gpu) -> str:
@@ -44,6 +46,16 @@ def found(tool, command, seconds, gpu) -> str:
     said = [text.strip("= ") for text in done.stdout.splitlines() if "SUMMARY" in text]
     words = said[-1] if said else (done.stdout + done.stderr).strip()[-200:]
     return words if done.returncode == 0 else f"{words} (exit status {done.returncode})"
+
+
+def not_clean(results) -> list[str]:
+    """The runs of which a tool says anything but that it has found nothing."""
+    return [
+        f"{tool} {command}: {words}"
+        for tool, runs in results.items()
+        for command, words in runs.items()
+        if not CLEAN.search(words)
+    ]
 
 
 def check_all(seconds, gpus=1) -> dict:

@@ -142,3 +142,29 @@ def test_training_curves_are_told(report):
     assert "| kernels | 1,234,567 | 1.5000 | 0.25000 | 0.50000 |" in words
     assert "| xla | 1,000 | 1.2500 |  |  |" in words and "500 steps" in words
     assert report.training_curve({}) == "Not in this record."
+
+
+def test_a_sanitizer_that_found_something_is_told(report):
+    said = {"memcheck": {"a": "ERROR SUMMARY: 0 errors", "b": "ERROR SUMMARY: 10 errors"}}
+    said["racecheck"] = {"c": "RACECHECK SUMMARY: 0 hazards displayed", "d": "not ended within 3 s"}
+    found = ["memcheck b: ERROR SUMMARY: 10 errors", "racecheck d: not ended within 3 s"]
+    assert report.sanitizers.not_clean(said) == found
+    words = report.run({"digest": "0" * 64, "sanitizers": said})
+    assert "memcheck: clean in 1 of 2 programs." in words and all(x in words for x in found)
+
+
+def test_a_run_whose_tests_fail_fails(report, monkeypatch):
+    run = importlib.import_module("run")
+    kept = {}
+    options = type("Options", (), {"pytest": [], "sanitizer_seconds": 1})
+    monkeypatch.setattr(run, "run_tests", lambda arguments: {"status": 1})
+    assert not run.attempt("tests", lambda: run.test(kept_into(kept), options))
+    monkeypatch.setattr(run, "gpu_count", lambda: 1)
+    said = {"memcheck": {"a": "there is no compute-sanitizer"}}
+    monkeypatch.setattr(run.sanitizers, "check_all", lambda seconds, gpus: said)
+    assert not run.attempt("sanitizers", lambda: run.sanitize(kept_into(kept), options))
+    assert kept == {"tests": {"status": 1}, "sanitizers": said}
+
+
+def kept_into(kept):
+    return lambda **more: kept.update(more)

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <string>
 
 #include "core/check.h"
@@ -21,9 +22,11 @@ class DeviceScope {
   Status status_;
 };
 
-}  // namespace
+// XLA asks before every run of a program, for each custom call in it: only the first does the work.
+constexpr int kMostDevices = 64;
+std::atomic<bool> initialized[kMostDevices];
 
-Status initialize(int device) {
+Status initialize_kernels(int device) {
   int major = 0, minor = 0;
   if (Status s =
           cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
@@ -47,6 +50,16 @@ Status initialize(int device) {
   if (Status s = initialize_chunk_state_pieces(); !s.ok()) return s;
   if (Status s = initialize_chunk_state_gradient(); !s.ok()) return s;
   return initialize_chunk_gradient();
+}
+
+}  // namespace
+
+Status initialize(int device) {
+  const bool known = device >= 0 && device < kMostDevices;
+  if (known && initialized[device].load(std::memory_order_acquire)) return {};
+  Status status = initialize_kernels(device);
+  if (known && status.ok()) initialized[device].store(true, std::memory_order_release);
+  return status;
 }
 
 }  // namespace jax_flashkda::sm90

@@ -1,8 +1,8 @@
 """Times the decode step, alone and in a layer: 32 in one program, in place, on states in rotation
 that exceed the L2.
 
-States and outputs of a run are given to the next one to be written over, as a decode loop does that
-donates them: XLA's command buffer then finds every buffer where it was.
+What a run leaves is given to the next one to be written over, as a decode loop does that donates
+its state: XLA's command buffer then finds every buffer where it was.
 """
 
 import jax
@@ -16,30 +16,22 @@ import jax_flashkda
 
 
 class _InPlace:
-    """32 steps in one program, from (states, outputs, tokens) to states and outputs."""
+    """32 steps in one program, from (carried, tokens) to what the next run carries."""
 
-    def __init__(self, states, outputs, tokens):
-        self.states, self.outputs, self.tokens = states, outputs, tokens
-        several = jax.jit(self._several, donate_argnums=(0, 1), keep_unused=True)
-        self._lowered = several.lower(states, outputs, tokens)
+    def __init__(self, carried, tokens):
+        self.carried, self.tokens = carried, tokens
+        several = jax.jit(self._several, donate_argnums=0, keep_unused=True)
+        self._lowered = several.lower(carried, tokens)
         assert (timing.target("step") or "") in self._lowered.as_text()
 
     def compile(self):
         self._compiled = self._lowered.compile()
         return self
 
-    def _several(self, states, spent, tokens):
-        states, outputs = list(states), []
-        for i in range(UNROLLED):
-            at = i % len(states)
-            o, states[at] = self._step(states[at], tokens[i % len(tokens)])
-            outputs.append(o)
-        return states, outputs
-
     def run(self, programs=1):
         for _ in range(programs):  # the next one is prepared while this one runs
-            self.states, self.outputs = self._compiled(self.states, self.outputs, self.tokens)
-        return self.states, self.outputs
+            self.carried = self._compiled(self.carried, self.tokens)
+        return self.carried
 
     def ms(self) -> float:
         return timing.median_of(self.run, repeats=5) / UNROLLED
@@ -50,24 +42,32 @@ def _sets(bytes_of_one):
 
 
 class Steps(_InPlace):
-    """The decode step alone."""
+    """The decode step alone, on sequences that take turns in a pool of states."""
 
     def __init__(self, name, state_dtype):
         N, H, T = STEPS[name]
         q, k, v, g = (timing.normal((N, T, H, D), seed) for seed in range(4))
         tokens = dict(q=q, k=k, v=v, g=g, beta=timing.normal((N, T, H), 4))
         tokens |= dict(A_log=jnp.zeros(H), dt_bias=jnp.full((H, D), -4.0))
-        bytes_of_one = N * H * D * D * jnp.dtype(state_dtype).itemsize
-        state = lambda seed: timing.normal((N, H, D, D), seed, state_dtype)
-        states = [state(5 + i) for i in range(_sets(bytes_of_one))]
-        super().__init__(states, [jnp.zeros_like(v) for _ in range(UNROLLED)], [tokens])
+        sets = _sets(N * H * D * D * jnp.dtype(state_dtype).itemsize)
+        states = [timing.normal((N, H, D, D), 5 + i, state_dtype) for i in range(sets)]
+        super().__init__((jnp.concatenate(states), jnp.zeros_like(v)), tokens)
 
     @staticmethod
-    def _step(state, tokens):
+    def _several(carried, tokens):
+        pool, _ = carried
+        N = tokens["q"].shape[0]
         options = dict(gate="softplus", beta_is_logits=True, qk_l2norm=True)
-        return jax_flashkda.kimi_delta_attention_step(
-            **tokens, state=state, **options, implementation=timing.IMPLEMENTATION
-        )
+        for i in range(UNROLLED):
+            slots = jnp.arange(N, dtype=jnp.int32) + i * N % pool.shape[0]
+            o, pool = jax_flashkda.kimi_delta_attention_step(
+                **tokens,
+                state=pool,
+                state_indices=slots,
+                **options,
+                implementation=timing.IMPLEMENTATION,
+            )
+        return pool, o
 
 
 class LayerSteps(_InPlace):
@@ -92,9 +92,17 @@ class LayerSteps(_InPlace):
         bytes_of_one = N * H * D * D * jnp.dtype(state_dtype).itemsize
         caches = [layer.init_cache(N, state_dtype=state_dtype) for _ in range(_sets(bytes_of_one))]
         outputs = [jnp.zeros((N, T, H, D), jnp.bfloat16) for _ in range(UNROLLED)]
-        super().__init__(caches, outputs, sets)
+        super().__init__((caches, outputs), sets)
         is_kernel = "jax_flashkda.short_conv_step" in self._lowered.as_text()
         assert is_kernel == (convolution == "cuda")
+
+    def _several(self, carried, tokens):
+        caches, outputs = list(carried[0]), []
+        for i in range(UNROLLED):
+            at = i % len(caches)
+            o, caches[at] = self._step(caches[at], tokens[i])
+            outputs.append(o)
+        return caches, outputs
 
     def _step(self, cache, tokens):
         weights, q, k, v, g, output_gate, beta = tokens

@@ -104,9 +104,7 @@ def test_decode_steps_run_in_place(timing, monkeypatch, convolution):
     monkeypatch.setattr(steps, "UNROLLED", 3)
     kind = (steps.Steps,) if convolution is None else (steps.LayerSteps, convolution)
     tiny = kind[0]("tiny", "float32", *kind[1:]).compile()
-    addresses = lambda: [
-        x.unsafe_buffer_pointer() for x in jax.tree.leaves((tiny.states, tiny.outputs))
-    ]
+    addresses = lambda: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tiny.carried)]
     first = addresses()
     assert tiny.ms() > 0
     assert addresses() == first

@@ -71,13 +71,11 @@ enum OperandTile {
   kOperandTiles = 8,
 };
 inline constexpr int64_t kTileRowBytes = 128;
-// Behind the tiles comes beta of the chunk's tokens, fp32, in whole pieces of 16 bytes: zeros fill the
-// last one. A piece a token is room enough.
 inline constexpr int64_t kOperandBytes =
-    kOperandTiles * kTileRowBytes + 16;  // of a token and value head
-constexpr int64_t beta_place(int64_t length) {
-  return length * kOperandTiles * kTileRowBytes;
-}
+    kOperandTiles * kTileRowBytes;  // of a token and value head: every chunk starts a line of memory
+// beta of a chunk's tokens, fp32, in whole pieces of 16 bytes, which zeros fill. A piece a token is
+// room enough.
+inline constexpr int64_t kBetaBytes = 16;
 constexpr int64_t beta_bytes(int64_t length) { return (length + 3) / 4 * 16; }
 
 // Few chains of chunks would leave most of the device idle, so a long row may be cut into pieces:
@@ -140,6 +138,7 @@ inline constexpr int64_t kStateFloats = 128 * 128;
 // h) * T + t.
 struct ForwardWorkspace {
   int64_t operands;       // [B, HV, T] rows of kOperandBytes: see OperandTile
+  int64_t betas;          // [B, HV, T] pieces of kBetaBytes: a chunk's from its first token's on
   int64_t chunk_decay;    // [B, HV, decay_slots, K] f32  exp(G_C)
   int64_t chunk_table;    // [B T] ChunkEntry        with segment_ids
   int64_t segment_table;  // [B T] SegmentEntry      with segment_ids
@@ -174,6 +173,7 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape,
   WorkspaceLayout layout;
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
   w.operands = layout.take(head_tokens * kOperandBytes);
+  w.betas = layout.take(head_tokens * kBetaBytes);
   // A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row
   // shares. A shorter chunk ends its segment, so its decay matters to a final state alone: it uses
   // the slot of its segment behind those.

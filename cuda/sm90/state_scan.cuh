@@ -222,7 +222,8 @@ __device__ __forceinline__ void load_operands(typename Config::Shared& s, const 
         if (header.length > 0 && lane < kOperandTiles && Config::uses(lane))
           bulk_load(s.operands[ring.stage][place], operands + lane * tile_bytes, tile_bytes, full);
         if (header.length > 0 && lane == kOperandTiles + 1)
-          bulk_load(s.beta[ring.stage], operands + beta_place(header.length), of_beta, full);
+          bulk_load(s.beta[ring.stage], workspace + w.betas + operand_row * kBetaBytes, of_beta,
+                    full);
         if (decays && lane == kOperandTiles)
           bulk_load(s.chunk_decay[ring.stage],
                     workspace + w.chunk_decay + decay_slot * Config::kHeadDim * 4,

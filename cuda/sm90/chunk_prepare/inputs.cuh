@@ -87,11 +87,11 @@ __device__ __forceinline__ uint32_t load_beta(const ForwardParams& p, const Item
 }
 __device__ __forceinline__ void publish_beta(Config::Shared& s, uint32_t word,
                                              const ForwardParams& p, const Item& item,
-                                             uint8_t* operands, int token) {
+                                             uint8_t* betas, int token) {
   const float beta = token < item.length ? beta_from_word(p, word) : 0.0f;
   s.beta[token] = beta;
   if (4 * token < beta_bytes(item.length))
-    reinterpret_cast<float*>(operands + beta_place(item.length))[token] = beta;
+    reinterpret_cast<float*>(betas)[token] = beta;
 }
 
 // The CTA's share of the items. A track is a value head of a row, or of the whole table; items go

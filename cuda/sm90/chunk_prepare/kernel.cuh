@@ -65,6 +65,10 @@ __device__ __forceinline__ uint8_t* operands_of(const ForwardParams& p, const Fo
                                                 const Item& item) {
   return static_cast<uint8_t*>(p.workspace) + w.operands + item.operand_row * kOperandBytes;
 }
+__device__ __forceinline__ uint8_t* betas_of(const ForwardParams& p, const ForwardWorkspace& w,
+                                             const Item& item) {
+  return static_cast<uint8_t*>(p.workspace) + w.betas + item.operand_row * kBetaBytes;
+}
 
 // Decays, points of reference and norms.
 template <DType kGateType>
@@ -76,7 +80,7 @@ __device__ __forceinline__ void prepare_references(BlockDecays& G, Config::Share
   const uint32_t beta = load_beta(p, item, beta_token);
   cumulate_decay<kGateType>(G, s, p, item, Place::of_warp());
   publish_decay(s, G, Place::of_warp());
-  if (beta_token < kChunk) publish_beta(s, beta, p, item, operands_of(p, w, item), beta_token);
+  if (beta_token < kChunk) publish_beta(s, beta, p, item, betas_of(p, w, item), beta_token);
   __syncthreads();  // all blocks' decays, before they are summed
   const int warp = thread_index() / 32;
   find_norms(s, p.qk_l2norm, warp / 2, warp % 2, thread_index() % 32);

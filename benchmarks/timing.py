@@ -236,7 +236,7 @@ def median_ms(program, inputs, repeats=5) -> float:
     return one if one >= SMALL_MS else _unrolled_ms(program, inputs, repeats)
 
 
-def median_of(run, repeats):
+def median_of(run, repeats, repeat_ms=REPEAT_MS):
     """`run(n)`: n of something in a row. Milliseconds of one."""
 
     def timed(n):
@@ -247,7 +247,7 @@ def median_of(run, repeats):
     timed(1)
     n = 1
     for _ in range(2):  # the first guess counts the wait too
-        n = max(1, math.ceil(REPEAT_MS / timed(n)))
+        n = max(1, math.ceil(repeat_ms / timed(n)))
     return statistics.median(timed(n) for _ in range(repeats))
 
 

@@ -47,6 +47,9 @@ def convolve(x, kernel, bias, segment_ids, initial_state, *, silu, padding_segme
     and bias [...] of all rows, or [B, W, ...] and [B, ...] of each. All but x and the kernel may be
     None.
     """
+    # Convolutions share nothing: XLA on GPUs (0.11.2) fuses the sums that are one's kernel gradient
+    # with another's elementwise work on the same masks, and leaves some of the sums unwritten.
+    x, segment_ids = jax.lax.optimization_barrier((x, segment_ids))
     dtype = x.dtype
     compute_dtype = jnp.promote_types(dtype, jnp.float32)
     channels = x.ndim - 2

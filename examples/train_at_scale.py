@@ -1,11 +1,17 @@
 """Train scanned layers with parameters, optimizer state and batch spread over many devices.
 
     python examples/train_at_scale.py
+    python examples/train_at_scale.py --coordinator HOST:PORT --processes N --process I
+
+The second form, with I from 0 to N - 1, is one program in N processes, of which each holds its
+share of the devices.
 
 Batch rows, and the hidden axis of every parameter, lie along "data", heads along "heads". A layer
 is gathered along "data" where it runs, in bfloat16, from float32 master weights, and again in the
-backward pass. Without several GPUs this simulates eight CPU devices."""
+backward pass. Without several GPUs this simulates eight CPU devices.
+"""
 
+import argparse
 import functools
 import os
 
@@ -80,6 +86,14 @@ def make_train_step(graphdef, optimizer, dtype, policy):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--coordinator", help="address of process 0, HOST:PORT")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0)
+    options = parser.parse_args()
+    if options.processes > 1:  # before anything else asks for devices
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+
     data = 2 if jax.device_count() % 2 == 0 else 1
     shape = (data, jax.device_count() // data)
     mesh = jax.make_mesh(shape, ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)

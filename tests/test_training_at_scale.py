@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -230,11 +231,11 @@ def test_bfloat16_computation_on_float32_master_weights():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*uses XLA on an NVIDIA GPU")  # float32, small heads
-@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["data", "heads"])
-def test_two_gpus_train_as_one(shape):
-    """Losses of 100 steps, in float32: parameters, batch and optimizer state spread over both."""
-    if jax.device_count() < 2:
-        pytest.skip("needs two GPUs")
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (4, 1), (2, 2)], ids=str)
+def test_gpus_train_as_one(shape):
+    """Losses of 100 steps, in float32: parameters, batch and optimizer state over (data, heads)."""
+    if jax.device_count() < np.prod(shape):
+        pytest.skip(f"needs {np.prod(shape)} GPUs")
 
     def losses_on(shape):
         count = shape[0] * shape[1]
@@ -258,15 +259,54 @@ def test_two_gpus_train_as_one(shape):
     np.testing.assert_allclose(losses_on(shape), expected, rtol=1e-3)
 
 
+@functools.cache
+def losses_of_the_script(processes, gpus=()):
+    """What each of so many processes prints, with eight CPU devices among them, or these GPUs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={8 // processes}"
+    share = len(gpus) // processes
+
+    def start(process):
+        env = os.environ | {"XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"}
+        if gpus:
+            of_process = gpus[share * process : share * (process + 1)]
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(of_process)}
+            env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # beside this process
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", SCRIPT, f"--coordinator={coordinator}"]
+            + [f"--processes={processes}", f"--process={process}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+        )
+
+    started = [start(process) for process in range(processes)]
+    printed = [process.communicate(timeout=600)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(printed)
+    return [[float(loss) for loss in re.findall(r"loss (\S+)", text)] for text in printed]
+
+
 def test_the_script():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    losses = [float(loss) for loss in re.findall(r"loss (\S+)", ran.stdout)]
+    (losses,) = losses_of_the_script(1)
     assert len(losses) == 10 and losses[-1] < 0.5 * losses[0]
+
+
+def check_processes(several, alone):
+    """Equal, but for bfloat16 and sums over devices in another order."""
+    for losses in several:
+        np.testing.assert_allclose(losses, alone, rtol=2e-3)
+
+
+def test_several_processes_train_as_one():
+    check_processes(losses_of_the_script(2), *losses_of_the_script(1))
+
+
+@pytest.mark.gpu
+def test_processes_with_a_gpu_each_train_as_one():
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    gpus = tuple(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2])
+    check_processes(losses_of_the_script(2, gpus), *losses_of_the_script(1, gpus))

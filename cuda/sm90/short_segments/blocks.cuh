@@ -125,16 +125,15 @@ __device__ __forceinline__ void load_inverse(Operand& packed, const float* block
 __device__ __forceinline__ int value_place(int row, int piece) {
   return row * Config::kRowBytes + ((piece ^ (row & 7)) << 4);
 }
-template <int kBlocks>
 __device__ __forceinline__ void stage_values(Config::Warp& s, const ForwardParams& p,
-                                             const Item& item, const Place& at) {
+                                             const Item& item, int block, const Place& at) {
   const int piece = at.lane % 16;
   const uint4* rows = static_cast<const uint4*>(p.v) + item.value_row * 16 + piece;
 #pragma unroll
-  for (int i = 0; i < 8 * kBlocks; ++i) {
-    const int token = 2 * i + at.lane / 16;
+  for (int i = 0; i < kBlock / 2; ++i) {
+    const int row = 2 * i + at.lane / 16, token = kBlock * block + row;
     const bool exists = token < item.length;
-    async_load_16(s.values[i / 8] + value_place(token % kBlock, piece),
+    async_load_16(s.values[block] + value_place(row, piece),
                   rows + (exists ? token * p.shape.HV * 16 : 0), exists);
   }
 }
@@ -142,6 +141,7 @@ __device__ __forceinline__ void store_values(const Config::Warp& s, const Forwar
                                              const Item& item, const Place& at) {
   const int piece = at.lane % 16;
   uint4* rows = static_cast<uint4*>(p.o) + item.value_row * 16 + piece;
+#pragma unroll 2
   for (int token = at.lane / 16; token < item.length; token += 2)
     rows[token * p.shape.HV * 16] = *reinterpret_cast<const uint4*>(
         s.values[token / kBlock] + value_place(token % kBlock, piece));
@@ -223,7 +223,7 @@ __device__ __forceinline__ void find_matrices(Matrices& A_qk, Tokens (&tokens)[k
   }
   Scores own = {}, earlier = {};
   Squares squares = {};
-  score_block<kGateType, kIndex, kBlocks>(own, earlier, squares, s, p, item, at);
+  score_block<kGateType, kIndex, kBlocks>(own, earlier, squares, s.columns, p, item, at);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
     tokens[kIndex].beta[r] = exists[r] ? beta_from_word(p, beta[r]) : 0.0f;
@@ -236,13 +236,17 @@ __device__ __forceinline__ void find_matrices(Matrices& A_qk, Tokens (&tokens)[k
 }
 
 template <DType kGateType, int kBlocks>
-__device__ __forceinline__ void attend(Config::Warp& s, const ForwardParams& p, const Item& item,
-                                       const Place& at) {
-  stage_values<kBlocks>(s, p, item, at);
+__device__ __forceinline__ void attend(Config::Warp& s, const ForwardParams& p, const Item& item) {
+  const Place at = {lane_index()};
+  stage_values(s, p, item, 0, at);
   Matrices A_qk[kBlocks] = {}, inverse[kBlocks] = {};
   Tokens tokens[kBlocks];
   find_matrices<kGateType, 0>(A_qk[0], tokens, s, p, item, at);
-  if constexpr (kBlocks == 2) find_matrices<kGateType, 1>(A_qk[1], tokens, s, p, item, at);
+  if constexpr (kBlocks == 2) {
+    find_matrices<kGateType, 1>(A_qk[1], tokens, s, p, item, at);
+    __syncwarp();  // the column factors have been read: v takes their place
+    stage_values(s, p, item, 1, at);
+  }
   invert<kBlocks>(s.matrix, at);
   float beta[kBlocks][2];
 #pragma unroll
@@ -262,17 +266,20 @@ __device__ __forceinline__ void attend(Config::Warp& s, const ForwardParams& p, 
 }
 
 template <DType kGateType, int kBlocks>
-__device__ __forceinline__ void walk_blocks(Config::Warp& s, const ForwardParams& p,
-                                            const ForwardWorkspace& w, uint32_t warp,
-                                            uint32_t warps, int lane) {
-  const Runs runs = runs_of(p, w, kBlocks == 1 ? kOneBlock : kTwoBlocks);
-  if (runs.count == 0) return;
-  Walk walk(p, runs, warp, warps);
-  for (Item item = walk.next(p); item.length > 0;) {
-    const Item next = walk.next(p);  // on its way during the work
-    attend<kGateType, kBlocks>(s, p, item, Place{lane});
-    item = next;
+__device__ __forceinline__ void walk_blocks(Config::Shared& shared, const ForwardParams& p,
+                                            const ForwardWorkspace& w) {
+  Config::Warp& s = shared.warps[thread_index() / 32];
+  if (lane_index() == 0)
+    s.walk = start_walk(p, w, kBlocks == 1 ? kOneBlock : kTwoBlocks, warp_number(), warps());
+  __syncwarp();  // the walk's start, before the other lanes read it
+  while (s.walk.run < s.walk.count) {
+    if (lane_index() == 0) s.item = item_at(s.walk, p);
+    __syncwarp();  // the item, before the other lanes read it
+    attend<kGateType, kBlocks>(s, p, s.item);
+    if (lane_index() == 0) advance(s.walk, p);
+    __syncwarp();  // where the walk is, before it is read
   }
+  __syncwarp();  // .. and has been, before the next walk starts
 }
 
 }  // namespace jax_flashkda::short_segments

@@ -20,13 +20,13 @@
 
 namespace jax_flashkda::short_segments {
 
-__device__ __forceinline__ void clear_padding(const ForwardParams& p, const ForwardWorkspace& w,
-                                              uint32_t warp, uint32_t warps, int lane) {
-  const Runs runs = runs_of(p, w, kShortPadding);
-  if (runs.count == 0) return;
-  Walk walk(p, runs, warp, warps);
-  for (Item item = walk.next(p); item.length > 0; item = walk.next(p)) {
+__device__ __forceinline__ void clear_padding(const ForwardParams& p, const ForwardWorkspace& w) {
+  const int lane = lane_index();
+  Walk walk = start_walk(p, w, kShortPadding, warp_number(), warps());
+  for (; walk.run < walk.count; advance(walk, p)) {
+    const Item item = item_at(walk, p);
     uint4* rows = static_cast<uint4*>(p.o) + item.value_row * 16 + lane % 16;
+#pragma unroll 1
     for (int token = lane / 16; token < item.length; token += 2)
       rows[token * p.shape.HV * 16] = make_uint4(0, 0, 0, 0);
   }
@@ -37,16 +37,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     short_segments_kernel(const __grid_constant__ ForwardParams p,
                           const __grid_constant__ ForwardWorkspace w) {
   extern __shared__ __align__(16) uint8_t shared_bytes[];
-  Config::Warp& s =
-      reinterpret_cast<Config::Shared*>(shared_bytes)->warps[threadIdx.x / 32];
-  const uint32_t warp = blockIdx.x * Config::kWarps + threadIdx.x / 32,
-                 warps = gridDim.x * Config::kWarps;
-  const int lane = static_cast<int>(threadIdx.x % 32);
+  Config::Shared& s = *reinterpret_cast<Config::Shared*>(shared_bytes);
   wait_for_earlier_kernel();  // the tables
-  walk_blocks<kGateType, 2>(s, p, w, warp, warps, lane);
-  walk_blocks<kGateType, 1>(s, p, w, warp, warps, lane);
-  walk_single_tokens<kGateType>(p, w, warp, warps, lane);
-  clear_padding(p, w, warp, warps, lane);
+  walk_blocks<kGateType, 2>(s, p, w);
+  walk_blocks<kGateType, 1>(s, p, w);
+  walk_single_tokens<kGateType>(p, w);
+  clear_padding(p, w);
 }
 
 }  // namespace jax_flashkda::short_segments

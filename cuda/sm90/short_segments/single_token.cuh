@@ -80,15 +80,16 @@ struct Token {
 
 template <DType kGateType>
 __device__ __forceinline__ void walk_single_tokens(const ForwardParams& p,
-                                                   const ForwardWorkspace& w, uint32_t warp,
-                                                   uint32_t warps, int lane) {
-  const Runs runs = runs_of(p, w, kOneToken);
-  if (runs.count == 0) return;
-  Walk walk(p, runs, 2 * warp + lane / 16, 2 * warps);
-  for (bool more = true; more;) {
+                                                   const ForwardWorkspace& w) {
+  const int lane = lane_index();
+  Walk walk = start_walk(p, w, kOneToken, 2 * warp_number() + lane / 16, 2 * warps());
+  for (bool more = walk.count > 0; more;) {
     Token<kGateType> tokens[Config::kSingleTokens];
 #pragma unroll
-    for (auto& token : tokens) token.load(p, walk.next(p), lane % 16);
+    for (auto& token : tokens) {
+      token.load(p, item_at(walk, p), lane % 16);
+      advance(walk, p);
+    }
     more = __any_sync(0xffffffffu, tokens[Config::kSingleTokens - 1].item.length > 0);
 #pragma unroll
     for (auto& token : tokens) token.store(p, lane % 16);

@@ -6,6 +6,7 @@ set(JAX_FLASHKDA_CUDA_SOURCES
   ${JAX_FLASHKDA_HOST_SOURCES}
   dispatch/dispatch.cc
   sm90/segment_table/launch.cu
+  sm90/short_segments/launch.cu
   sm90/chunk_prepare/launch.cu
   sm90/chunk_state_output/launch.cu
   sm90/chunk_state_pieces/launch.cu

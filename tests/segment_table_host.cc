@@ -36,19 +36,18 @@ struct LoopTeam {
 };
 
 template <class Shape>
-bool answer(const Ids& ids, bool in_token_order) {
+bool answer(const Ids& ids) {
   const int64_t tokens = ids.tokens;
   const int blocks = Shape::blocks(tokens + 1);
   std::vector<ChunkEntry> chunks(tokens, {kUntouched, kUntouched, kUntouched, kUntouched});
   std::vector<SegmentEntry> segments(tokens, {kUntouched, kUntouched, kUntouched, kUntouched});
   std::vector<int32_t> row_segments(tokens / ids.T, kUntouched);
-  TableCounts counts = {kUntouched, kUntouched};
+  TableCounts counts = {kUntouched, kUntouched, {kUntouched, kUntouched, kUntouched, kUntouched}};
   TableBlock garbage;
   garbage.runs = {12345, 67890, kUntouched, kUntouched, 3, 1};
   for (int32_t& count : garbage.ended) count = kUntouched;
   std::vector<TableBlock> table_blocks(blocks, garbage);
-  const Tables tables = {chunks.data(), segments.data(), &counts, row_segments.data(),
-                         in_token_order};
+  const Tables tables = {chunks.data(), segments.data(), &counts, row_segments.data()};
   LoopTeam team{Shape::kThreads};
   // The threads of all blocks share nothing but the blocks' summaries, and find
   // theirs poisoned.
@@ -61,6 +60,7 @@ bool answer(const Ids& ids, bool in_token_order) {
     write_block<Shape>(team, s, ids, block, table_blocks.data(), tables);
   }
   std::cout << blocks << ' ' << counts.chunks << ' ' << counts.segments;
+  for (int32_t count : counts.short_runs) std::cout << ' ' << count;
   for (int32_t count : row_segments) std::cout << ' ' << count;
   for (const ChunkEntry& c : chunks)
     std::cout << ' ' << c.row << ' ' << c.start << ' ' << c.length << ' ' << c.segment;
@@ -76,10 +76,10 @@ int main() {
   for (std::string text; std::getline(std::cin, text);) {
     std::istringstream line(text);
     int threads = 0, positions = 0;
-    bool in_token_order = false;
+    bool short_apart = false;
     int64_t B = 0, T = 0;
     Ids ids{};
-    line >> threads >> positions >> in_token_order >> B >> T;
+    line >> threads >> positions >> ids.in_token_order >> short_apart >> B >> T;
     line >> ids.has_padding_id >> ids.padding_id;
     std::vector<int32_t> values(B * T);
     for (int32_t& id : values) line >> id;
@@ -87,13 +87,17 @@ int main() {
     ids.ids = values.data();
     ids.tokens = static_cast<int32_t>(B * T);
     ids.T = static_cast<int32_t>(T);
-    auto of = [&](auto shape) { return answer<decltype(shape)>(ids, in_token_order); };
-    const bool known = (threads == 1 && positions == 1)     ? of(Shape<1, 1>{})
-                       : (threads == 3 && positions == 2)   ? of(Shape<3, 2>{})
-                       : (threads == 16 && positions == 1)  ? of(Shape<16, 1>{})
-                       : (threads == 4 && positions == 32)  ? of(Shape<4, 32>{})
-                       : (threads == 128 && positions == 8) ? of(Shape<128, 8>{})
-                                                            : false;
+    auto of = [&](auto shape, auto apart) {
+      return short_apart ? answer<decltype(apart)>(ids) : answer<decltype(shape)>(ids);
+    };
+    constexpr int32_t kShort = kShortTokens;
+    const bool known =
+        (threads == 1 && positions == 1)     ? of(Shape<1, 1>{}, Shape<1, 1, kShort>{})
+        : (threads == 3 && positions == 2)   ? of(Shape<3, 2>{}, Shape<3, 2, kShort>{})
+        : (threads == 16 && positions == 1)  ? of(Shape<16, 1>{}, Shape<16, 1, kShort>{})
+        : (threads == 4 && positions == 32)  ? of(Shape<4, 32>{}, Shape<4, 32, kShort>{})
+        : (threads == 128 && positions == 8) ? of(Shape<128, 8>{}, Shape<128, 8, kShort>{})
+                                             : false;
     if (!known) return EXIT_FAILURE;
   }
 }

@@ -3,6 +3,7 @@
 No GPU: a loop plays the threads, under the address and undefined behaviour sanitizers.
 """
 
+import itertools
 import pathlib
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = pathlib.Path(__file__).parent.parent
-CHUNK, BUCKETS, PADDING, UNTOUCHED = 64, 16, -1, -77
+CHUNK, BUCKETS, PADDING, UNTOUCHED, SHORT = 64, 16, -1, -77, 32
 # (threads, positions of a thread): what segment_table_host.cc compiles. The last is the GPU's.
 SHAPES = [(1, 1), (3, 2), (16, 1), (4, 32), (128, 8)]
 
@@ -32,26 +33,34 @@ class Tables:
             [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def of(self, ids, padding_id, shape, in_token_order):
+    def of(self, ids, padding_id, shape, in_token_order, short_apart):
         B, T = ids.shape
         padding = (0, 0) if padding_id is None else (1, padding_id)
-        line = " ".join(
-            map(str, [*shape, int(in_token_order), B, T, *padding, *ids.ravel().tolist()])
-        )
-        print(line, file=self._process.stdin, flush=True)
+        options = [int(in_token_order), int(short_apart)]
+        line = map(str, [*shape, *options, B, T, *padding, *ids.ravel().tolist()])
+        print(" ".join(line), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the program ended: see its output"
         values = np.array(answer.split(), np.int64)
-        blocks, chunk_count, segment_count = values[:3]
-        chunks, segments = values[3 + B :].reshape(2, B * T, 4)
+        blocks, chunk_count, segment_count, *short_counts = values[:7]
+        chunks, segments = values[7 + B :].reshape(2, B * T, 4)
+        short = [segments[:0]] * 4  # of each kind
+        end = segment_count
+        if short_apart:
+            for kind in reversed(range(4)):
+                end, start = end + short_counts[kind], end
+                short[kind] = segments[start:end]
+        else:
+            assert short_counts == [UNTOUCHED] * 4
         # Nothing is written behind the counts.
         assert (chunks[chunk_count:] == UNTOUCHED).all()
-        assert (segments[segment_count:] == UNTOUCHED).all()
+        assert (segments[end:] == UNTOUCHED).all()
         return dict(
             blocks=blocks,
             chunks=chunks[:chunk_count].tolist(),
             segments=segments[:segment_count].tolist(),
-            row_segments=values[3 : 3 + B].tolist(),
+            short=[entries.tolist() for entries in short],
+            row_segments=values[7 : 7 + B].tolist(),
         )
 
     def close(self):
@@ -68,14 +77,20 @@ def tables(tmp_path_factory):
     program.close()
 
 
-def bucket(segment):
+def bucket(segment, buckets):
     """Powers of two of the chunks of an entry, the last open."""
     chunks = -(-segment[2] // CHUNK)
-    return min((chunks - 1).bit_length(), BUCKETS - 1)
+    return min((chunks - 1).bit_length(), buckets - 1)
 
 
-def definition(ids, padding_id, in_token_order):
+def short_kind(entry):
+    """Padding, one token, at most 16, more."""
+    return 0 if entry[3] == PADDING else 1 if entry[2] == 1 else 2 if entry[2] <= 16 else 3
+
+
+def definition(ids, padding_id, in_token_order, short_apart):
     chunks, segments, row_segments = [], [], []
+    short = [[], [], [], []]
     for row, row_ids in enumerate(ids.tolist()):
         keys = [None if i < 0 or i == padding_id else i for i in row_ids]  # padding is one key
         ordinal = start = 0
@@ -84,25 +99,31 @@ def definition(ids, padding_id, in_token_order):
             while end < len(keys) and keys[end] == keys[start]:
                 end += 1
             segment = PADDING if keys[start] is None else ordinal
-            for at in range(start, end, CHUNK):
-                chunks.append([row, at, min(CHUNK, end - at), segment])
-            if segment != PADDING:
-                segments.append([row, start, end - start, segment])
-                ordinal += 1
+            entry = [row, start, end - start, segment]
+            if short_apart and end - start <= SHORT:
+                short[short_kind(entry)].append(entry)
+            else:
+                for at in range(start, end, CHUNK):
+                    chunks.append([row, at, min(CHUNK, end - at), segment])
+                if segment != PADDING:
+                    segments.append(entry)
+            ordinal += segment != PADDING
             start = end
         row_segments.append(ordinal)
     if not in_token_order:
-        segments.sort(key=bucket, reverse=True)  # stable: by position inside a bucket
-    return dict(chunks=chunks, segments=segments, row_segments=row_segments)
+        buckets = BUCKETS - 4 if short_apart else BUCKETS
+        # Stable: by position inside a bucket.
+        segments.sort(key=lambda segment: bucket(segment, buckets), reverse=True)
+    return dict(chunks=chunks, segments=segments, short=short, row_segments=row_segments)
 
 
 def check(tables, ids, padding_id, shape):
     ids = np.asarray(ids, np.int32)
-    for in_token_order in (False, True):
-        got = tables.of(ids, padding_id, shape, in_token_order)
+    for options in itertools.product((False, True), (False, True)):
+        got = tables.of(ids, padding_id, shape, *options)
         blocks = got.pop("blocks")
         assert 1 <= blocks <= shape[0]
-        assert got == definition(ids, padding_id, in_token_order)
+        assert got == definition(ids, padding_id, *options)
 
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -138,7 +159,7 @@ def test_tables_are_the_definition(tables, packed, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_border_of_chunks_tiles_and_blocks(tables, T, shape):
     generator = np.random.default_rng(T)
-    for length in (1, 2, 63, 64, 65, 300):
+    for length in (1, 2, 16, 17, 32, 33, 63, 64, 65, 300):
         check(tables, np.arange(3 * T).reshape(3, T) // length, None, shape)
     check(tables, generator.integers(-1, 3, (2, T)), 0, shape)
 

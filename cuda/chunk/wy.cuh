@@ -13,17 +13,16 @@ inline constexpr int kBlock = 16;  // rows of a diagonal block
 inline constexpr int kMatrixStride =
     68;  // floats between rows of a 64x64 matrix: 16-byte aligned, rows in different banks
 
-// Column `column` of the inverse of diagonal block `block`; A strictly lower.
-__device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s_X, int block,
-                                                      int column) {
-  const float* A = s_A + block * kBlock * (kMatrixStride + 1);
-  float x[kBlock];
+// Column `column` of the inverse of I + A, A a strictly lower block of a matrix with rows kStride
+// floats apart.
+template <int kStride>
+__device__ __forceinline__ void solve_column(float (&x)[kBlock], const float* A, int column) {
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
     float sum = i == column ? 1.0f : 0.0f;
 #pragma unroll
     for (int j4 = 0; j4 < i; j4 += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(A + i * kMatrixStride + j4);
+      const float4 a = *reinterpret_cast<const float4*>(A + i * kStride + j4);
       sum = fmaf(-a.x, x[j4], sum);
       if (j4 + 1 < i) sum = fmaf(-a.y, x[j4 + 1], sum);
       if (j4 + 2 < i) sum = fmaf(-a.z, x[j4 + 2], sum);
@@ -31,6 +30,13 @@ __device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s
     }
     x[i] = sum;
   }
+}
+
+// The same of diagonal block `block`.
+__device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s_X, int block,
+                                                      int column) {
+  float x[kBlock];
+  solve_column<kMatrixStride>(x, s_A + block * kBlock * (kMatrixStride + 1), column);
   float* X = s_X + block * kBlock * (kMatrixStride + 1) + column;
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) X[i * kMatrixStride] = x[i];
@@ -38,7 +44,7 @@ __device__ __forceinline__ void invert_diagonal_block(const float* s_A, float* s
 
 // c[16 x 8] = a[16 x 8 Steps] b[8 Steps x 8], row-major fp32 in shared memory, as three tf32
 // products a step, each with a sum of its own: a product waits for the one before it in its sum.
-template <int Steps>
+template <int Steps, int kStride = kMatrixStride>
 __device__ __forceinline__ void product(float (&c)[4], const float* a, const float* b, int lane) {
   const int g = lane >> 2, t = lane & 3;
   float low_high[4] = {}, high_low[4] = {}, high[4] = {};
@@ -47,11 +53,11 @@ __device__ __forceinline__ void product(float (&c)[4], const float* a, const flo
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      split_tf32(a[(g + 8 * (i & 1)) * kMatrixStride + 8 * step + t + 4 * (i >> 1)], a_high[i],
+      split_tf32(a[(g + 8 * (i & 1)) * kStride + 8 * step + t + 4 * (i >> 1)], a_high[i],
                  a_low[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      split_tf32(b[(8 * step + t + 4 * i) * kMatrixStride + g], b_high[i], b_low[i]);
+      split_tf32(b[(8 * step + t + 4 * i) * kStride + g], b_high[i], b_low[i]);
     mma_tf32(low_high, a_low, b_high);
     mma_tf32(high_low, a_high, b_low);
     mma_tf32(high, a_high, b_high);
@@ -60,10 +66,11 @@ __device__ __forceinline__ void product(float (&c)[4], const float* a, const flo
   for (int i = 0; i < 4; ++i) c[i] = (low_high[i] + high_low[i]) + high[i];
 }
 
+template <int kStride = kMatrixStride>
 __device__ __forceinline__ void store_block(float* s, const float (&c)[4], float sign, int lane) {
-  float* at = s + (lane >> 2) * kMatrixStride + 2 * (lane & 3);
+  float* at = s + (lane >> 2) * kStride + 2 * (lane & 3);
   *reinterpret_cast<float2*>(at) = make_float2(sign * c[0], sign * c[1]);
-  *reinterpret_cast<float2*>(at + 8 * kMatrixStride) = make_float2(sign * c[2], sign * c[3]);
+  *reinterpret_cast<float2*>(at + 8 * kStride) = make_float2(sign * c[2], sign * c[3]);
 }
 
 __device__ __forceinline__ int matrix_at(int row, int column) {

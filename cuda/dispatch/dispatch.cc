@@ -34,6 +34,16 @@ Status prepare_chunks(const ForwardParams& params, const ForwardWorkspace& works
   return sm90::launch_chunk_prepare(params, workspace, stream);
 }
 
+// Rows in which every run is short: no chunks.
+Status short_rows(const ForwardParams& params, const ForwardWorkspace& workspace,
+                  CUstream_st* stream) {
+  if (params.shape.has_segment_ids) {
+    if (Status status = sm90::launch_segment_table(params, workspace, stream); !status.ok())
+      return status;
+  }
+  return sm90::launch_short_segments(params, workspace, stream);
+}
+
 // What the backward's stages take.
 BackwardParams for_backward(const BackwardParams& given) {
   BackwardParams params = given;
@@ -67,10 +77,13 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
   params.nonzero_beta = false;
   // States inside a row are those of a call that ends there: in no pieces.
   const bool chunk_states = params.chunk_states != nullptr;
-  const ForwardWorkspace workspace =
+  ForwardWorkspace workspace =
       forward_workspace(params.shape, chunk_states ? StageOrder::kWholeRows : params.stage_order);
+  workspace.short_runs = leaves_short_runs(params);
 
   if (has_tokens(params.shape)) {
+    if (workspace.short_runs && params.shape.T <= kShortTokens)
+      return short_rows(params, workspace, stream);
     if (chunk_states && params.shape.has_segment_ids) {
       if (Status status = sm90::clear_chunk_states(params, stream); !status.ok()) return status;
     }
@@ -81,6 +94,10 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
     }
     if (Status status = sm90::launch_chunk_state_output(params, workspace, stream); !status.ok())
       return status;
+    if (workspace.short_runs) {
+      if (Status status = sm90::launch_short_segments(params, workspace, stream); !status.ok())
+        return status;
+    }
   }
   if (params.final_state != nullptr && may_leave_slots(params.shape))
     return sm90::launch_unused_states(params, workspace, stream);

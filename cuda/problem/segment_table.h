@@ -13,6 +13,9 @@
 // Chunks stand in the order of their tokens. Segments stand longest first, by powers of two of
 // their chunks and then by position, so that the longest chains start first. Nothing depends on who
 // comes when.
+//
+// With kShort > 0, runs of at most so many tokens have no chunks, padding or not, and stand behind
+// all segments, by ShortKind.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +37,7 @@ struct Ids {
   int32_t T;
   bool has_padding_id;
   int32_t padding_id;
+  bool in_token_order = false;  // the segments of the table; else longest first
 
   JAX_FLASHKDA_HOST_DEVICE bool padding(int32_t id) const {
     return id < 0 || (has_padding_id && id == padding_id);
@@ -45,7 +49,6 @@ struct Tables {
   SegmentEntry* segments;
   TableCounts* counts;
   int32_t* row_segments;
-  bool in_token_order = false;  // segments; else longest first
 };
 
 // Chunks of a run, or of its first tokens.
@@ -60,6 +63,12 @@ JAX_FLASHKDA_HOST_DEVICE int length_bucket(int32_t tokens) {
 #pragma unroll 1
   while (bucket < kLengthBuckets - 1 && chunks > (1 << bucket)) ++bucket;
   return bucket;
+}
+
+// Chunks that the table has of a run.
+template <int32_t kShort>
+JAX_FLASHKDA_HOST_DEVICE int32_t listed_chunks(int32_t tokens) {
+  return tokens <= kShort ? 0 : chunks_of(tokens);
 }
 
 // Segments that end in a few positions, by bucket: sixteen counts of 16 bits. Words are selected,
@@ -82,13 +91,22 @@ struct BucketCounts {
   }
 };
 
+// A summary that knows which runs have chunks.
+template <int32_t kShort>
+struct Runs : RunSummary {
+  Runs() = default;
+  JAX_FLASHKDA_HOST_DEVICE Runs(const RunSummary& runs) : RunSummary(runs) {}
+};
+
 // Run `before` is followed by `behind`: chunks of what lies between their starts.
-JAX_FLASHKDA_HOST_DEVICE RunSummary combine(const RunSummary& before, const RunSummary& behind) {
+template <int32_t kShort>
+JAX_FLASHKDA_HOST_DEVICE Runs<kShort> combine(const Runs<kShort>& before,
+                                              const Runs<kShort>& behind) {
   if (before.last_start < 0) return behind;
   if (behind.last_start < 0) return before;
-  RunSummary both = behind;
+  Runs<kShort> both = behind;
   both.first_start = before.first_start;
-  both.chunks += before.chunks + chunks_of(behind.first_start - before.last_start);
+  both.chunks += before.chunks + listed_chunks<kShort>(behind.first_start - before.last_start);
   both.segments += before.segments;
   both.segments_before_row = behind.segments_before_row < 0
                                  ? before.segments_before_row
@@ -135,9 +153,10 @@ JAX_FLASHKDA_HOST_DEVICE int lowest_bit(uint32_t bits) {
 }
 
 // The summary of a position at which a run begins.
-JAX_FLASHKDA_HOST_DEVICE RunSummary one_start(const Marks& marks, int i, int32_t position) {
+template <int32_t kShort>
+JAX_FLASHKDA_HOST_DEVICE Runs<kShort> one_start(const Marks& marks, int i, int32_t position) {
   const bool padding = marks.padding >> i & 1;
-  RunSummary start;
+  Runs<kShort> start;
   start.first_start = start.last_start = position;
   start.last_is_padding = padding;
   start.segments = padding ? 0 : 1;
@@ -146,29 +165,45 @@ JAX_FLASHKDA_HOST_DEVICE RunSummary one_start(const Marks& marks, int i, int32_t
 }
 
 // Visits each start of a run with the summary of all before it, and returns that of all.
-template <class Visit>
-JAX_FLASHKDA_HOST_DEVICE RunSummary walk(RunSummary before, const Marks& marks, int64_t low,
-                                         Visit visit) {
+template <int32_t kShort, class Visit>
+JAX_FLASHKDA_HOST_DEVICE Runs<kShort> walk(Runs<kShort> before, const Marks& marks, int64_t low,
+                                           Visit visit) {
 #pragma unroll 1
   for (uint32_t left = marks.starts; left != 0; left &= left - 1) {
     const int i = lowest_bit(left);
     const int32_t position = static_cast<int32_t>(low + i);
     visit(before, position);
-    before = combine(before, one_start(marks, i, position));
+    before = combine(before, one_start<kShort>(marks, i, position));
   }
   return before;
 }
 
-// Whether the run that `before` leaves open is known and a segment.
-JAX_FLASHKDA_HOST_DEVICE bool leaves_segment(const RunSummary& before) {
-  return before.last_start >= 0 && !before.last_is_padding;
+// Whether the run that `before` leaves open is known and, ending at `end`, stands among the
+// segments.
+template <int32_t kShort>
+JAX_FLASHKDA_HOST_DEVICE bool leaves_entry(const Runs<kShort>& before, int32_t end) {
+  return before.last_start >= 0 && (!before.last_is_padding || end - before.last_start <= kShort);
+}
+
+// .. and in which bucket. With kShort the short kinds come first, and the order of tokens is one
+// bucket for all others.
+template <int32_t kShort>
+JAX_FLASHKDA_HOST_DEVICE int entry_bucket(const Ids& ids, const Runs<kShort>& before, int32_t end) {
+  const int32_t tokens = end - before.last_start;
+  if (kShort == 0) return length_bucket(tokens);
+  if (tokens <= kShort) return short_kind(tokens, before.last_is_padding);
+  if (ids.in_token_order) return kShortKinds;
+  const int bucket = kShortKinds + length_bucket(tokens);
+  return bucket < kLengthBuckets ? bucket : kLengthBuckets - 1;
 }
 
 // kThreads threads, each with kPositions consecutive positions of a tile. A block of the table is
 // as many tiles, one after the other, as bring the blocks down to a thread each.
-template <int kThreads_, int kPositions_>
+template <int kThreads_, int kPositions_, int32_t kShort_ = 0>
 struct Shape {
   static constexpr int kThreads = kThreads_, kPositions = kPositions_;
+  static constexpr int32_t kShort = kShort_;
+  using Runs = segment_table::Runs<kShort>;
   static constexpr int kTile = kThreads * kPositions;
   static constexpr int kBlocks = kThreads < kMostTableBlocks ? kThreads : kMostTableBlocks;
   static_assert(kPositions <= 32, "a bit of Marks each");
@@ -189,7 +224,7 @@ struct Shape {
 
   struct Shared {
     Marks marks[kThreads];
-    RunSummary runs[kThreads];       // of a thread's positions; scanned: of those and all before
+    Runs runs[kThreads];             // of a thread's positions; scanned: of those and all before
     BucketCounts ended[kThreads];    // the same of the segments that end at them
     int32_t all[kLengthBuckets];     // segments of the call
     int32_t places[kLengthBuckets];  // where the next segment of a bucket goes
@@ -199,20 +234,22 @@ struct Shape {
 // Calls tile(low, runs before the tile, runs before each thread) for each tile of a block; returns
 // the summary of all to its end. `before` is what is known of the runs before the block.
 template <class Shape, class Team, class Tile>
-JAX_FLASHKDA_HOST_DEVICE RunSummary for_each_tile(Team& team, typename Shape::Shared& s,
-                                                  const Ids& ids, int block, RunSummary before,
-                                                  Tile tile) {
+JAX_FLASHKDA_HOST_DEVICE typename Shape::Runs for_each_tile(Team& team, typename Shape::Shared& s,
+                                                            const Ids& ids, int block,
+                                                            typename Shape::Runs before,
+                                                            Tile tile) {
+  using Runs = typename Shape::Runs;
   const int64_t positions = Shape::positions(ids), length = Shape::block_positions(positions);
   const int64_t end = (block + 1) * length < positions ? (block + 1) * length : positions;
   for (int64_t low = block * length; low < end; low += Shape::kTile) {
     team.parallel([&](int thread) {
       const int64_t at = low + thread * Shape::kPositions;
       s.marks[thread] = mark_positions<Shape::kPositions>(ids, at, end);
-      s.runs[thread] = walk(RunSummary{}, s.marks[thread], at, [](const RunSummary&, int32_t) {});
+      s.runs[thread] = walk(Runs{}, s.marks[thread], at, [](const Runs&, int32_t) {});
     });
     team.inclusive_scan(s.runs);
     // Read before the tile's last phase: the next tile writes there.
-    const RunSummary all = combine(before, s.runs[Shape::kThreads - 1]);
+    const Runs all = combine(before, s.runs[Shape::kThreads - 1]);
     tile(low,
          [&](int thread) { return thread == 0 ? before : combine(before, s.runs[thread - 1]); });
     before = all;
@@ -224,16 +261,17 @@ JAX_FLASHKDA_HOST_DEVICE RunSummary for_each_tile(Team& team, typename Shape::Sh
 template <class Shape, class Team>
 JAX_FLASHKDA_HOST_DEVICE void summarize_block(Team& team, typename Shape::Shared& s, const Ids& ids,
                                               int block, TableBlock* blocks) {
+  using Runs = typename Shape::Runs;
   team.parallel([&](int thread) {
     for (int i = thread; i < kLengthBuckets; i += Shape::kThreads) s.all[i] = 0;
   });
-  const RunSummary runs =
-      for_each_tile<Shape>(team, s, ids, block, RunSummary{}, [&](int64_t low, auto before_thread) {
+  const Runs runs =
+      for_each_tile<Shape>(team, s, ids, block, Runs{}, [&](int64_t low, auto before_thread) {
         team.parallel([&](int thread) {
           walk(before_thread(thread), s.marks[thread], low + thread * Shape::kPositions,
-               [&](const RunSummary& before, int32_t position) {
-                 if (leaves_segment(before))
-                   team.add(&s.all[length_bucket(position - before.last_start)], 1);
+               [&](const Runs& before, int32_t position) {
+                 if (leaves_entry(before, position))
+                   team.add(&s.all[entry_bucket(ids, before, position)], 1);
                });
         });
       });
@@ -246,9 +284,10 @@ JAX_FLASHKDA_HOST_DEVICE void summarize_block(Team& team, typename Shape::Shared
 
 // What the blocks before this one hold, and where its segments go.
 template <class Shape, class Team>
-JAX_FLASHKDA_HOST_DEVICE RunSummary place_block(Team& team, typename Shape::Shared& s,
-                                                const Ids& ids, int block,
-                                                const TableBlock* blocks) {
+JAX_FLASHKDA_HOST_DEVICE typename Shape::Runs place_block(Team& team, typename Shape::Shared& s,
+                                                          const Ids& ids, int block,
+                                                          const TableBlock* blocks) {
+  using Runs = typename Shape::Runs;
   const int count = Shape::blocks(Shape::positions(ids));
   auto add = [&](int of_block, int bucket, int32_t segments) {
     if (segments == 0) return;
@@ -267,11 +306,11 @@ JAX_FLASHKDA_HOST_DEVICE RunSummary place_block(Team& team, typename Shape::Shar
   team.parallel(
       [&](int thread) {  // and the segment that began before block `thread` and ends in it
         if (thread == 0 || thread >= count || blocks[thread].runs.first_start < 0) return;
-        const RunSummary before = s.runs[thread - 1];
-        if (leaves_segment(before))
-          add(thread, length_bucket(blocks[thread].runs.first_start - before.last_start), 1);
+        const Runs before = s.runs[thread - 1];
+        const int32_t end = blocks[thread].runs.first_start;
+        if (leaves_entry(before, end)) add(thread, entry_bucket(ids, before, end), 1);
       });
-  const RunSummary before = block == 0 ? RunSummary{} : s.runs[block - 1];
+  const Runs before = block == 0 ? Runs{} : s.runs[block - 1];
   team.parallel([&](int thread) {
     for (int i = thread; i < kLengthBuckets; i += Shape::kThreads)
       for (int longer = 0; longer < kLengthBuckets; ++longer)
@@ -291,10 +330,27 @@ JAX_FLASHKDA_HOST_DEVICE void write_chunk(const Tables& tables, const Ids& ids,
       before.last_is_padding ? kPadding : before.segments - before.segments_before_row - 1};
 }
 
+// Counts of the call, of which `all` has the segments by bucket.
+template <int32_t kShort>
+JAX_FLASHKDA_HOST_DEVICE void write_counts(TableCounts& counts, const Runs<kShort>& runs,
+                                           const int32_t* all) {
+  if (kShort == 0) {
+    counts.chunks = runs.chunks;
+    counts.segments = runs.segments;
+    return;
+  }
+  int32_t others = 0;
+  for (int i = kShortKinds; i < kLengthBuckets; ++i) others += all[i];
+  counts.chunks = runs.chunks;
+  counts.segments = others;
+  for (int i = 0; i < kShortKinds; ++i) counts.short_runs[i] = all[i];
+}
+
 // A thread's share of the tables: the chunks and the segments that end at its positions.
-template <int kCount>
-JAX_FLASHKDA_HOST_DEVICE void write_entries(const Tables& tables, const Ids& ids, RunSummary before,
-                                            const Marks& marks, int64_t low, int64_t high,
+template <int kCount, int32_t kShort>
+JAX_FLASHKDA_HOST_DEVICE void write_entries(const Tables& tables, const Ids& ids,
+                                            Runs<kShort> before, const Marks& marks, int64_t low,
+                                            int64_t high, const int32_t* all,
                                             const int32_t* places, BucketCounts ended) {
   int64_t from = low;  // what ended before has been written
 #pragma unroll 1
@@ -309,20 +365,22 @@ JAX_FLASHKDA_HOST_DEVICE void write_entries(const Tables& tables, const Ids& ids
     }
     if (left == 0) return;
     const int32_t position = static_cast<int32_t>(next);
-    if (before.last_start >= 0) write_chunk(tables, ids, before, position);
-    if (leaves_segment(before)) {
+    if (before.last_start >= 0 && position - before.last_start > kShort)
+      write_chunk(tables, ids, before, position);
+    if (leaves_entry(before, position)) {
       const int32_t length = position - before.last_start, row = before.last_start / ids.T;
-      const int bucket = length_bucket(length);
-      const int32_t place =
-          tables.in_token_order ? before.segments - 1 : places[bucket] + ended.get(bucket);
-      tables.segments[place] = {row, before.last_start - row * ids.T, length,
-                                before.segments - before.segments_before_row - 1};
+      const int bucket = entry_bucket(ids, before, position);
+      const int32_t place = kShort == 0 && ids.in_token_order ? before.segments - 1
+                                                              : places[bucket] + ended.get(bucket);
+      tables.segments[place] = {
+          row, before.last_start - row * ids.T, length,
+          before.last_is_padding ? kPadding : before.segments - before.segments_before_row - 1};
       ended.add_one(bucket);
     }
     if (marks.rows >> i & 1 && position > 0)
       tables.row_segments[position / ids.T - 1] = before.segments - before.segments_before_row;
-    before = combine(before, one_start(marks, i, position));
-    if (position == ids.tokens) *tables.counts = {before.chunks, before.segments};
+    before = combine(before, one_start<kShort>(marks, i, position));
+    if (position == ids.tokens) write_counts(*tables.counts, before, all);
     from = next + 1;
   }
 }
@@ -332,21 +390,23 @@ template <class Shape, class Team>
 JAX_FLASHKDA_HOST_DEVICE void write_block(Team& team, typename Shape::Shared& s, const Ids& ids,
                                           int block, const TableBlock* blocks,
                                           const Tables& tables) {
+  using Runs = typename Shape::Runs;
   const int64_t positions = Shape::positions(ids);
-  const RunSummary before_block = place_block<Shape>(team, s, ids, block, blocks);
+  const Runs before_block = place_block<Shape>(team, s, ids, block, blocks);
   for_each_tile<Shape>(team, s, ids, block, before_block, [&](int64_t low, auto before_thread) {
     team.parallel([&](int thread) {
       BucketCounts ended;
       walk(before_thread(thread), s.marks[thread], low + thread * Shape::kPositions,
-           [&](const RunSummary& before, int32_t position) {
-             if (leaves_segment(before)) ended.add_one(length_bucket(position - before.last_start));
+           [&](const Runs& before, int32_t position) {
+             if (leaves_entry(before, position))
+               ended.add_one(entry_bucket(ids, before, position));
            });
       s.ended[thread] = ended;
     });
     team.inclusive_scan(s.ended);
     team.parallel([&](int thread) {
       write_entries<Shape::kPositions>(tables, ids, before_thread(thread), s.marks[thread],
-                                       low + thread * Shape::kPositions, positions, s.places,
+                                       low + thread * Shape::kPositions, positions, s.all, s.places,
                                        thread == 0 ? BucketCounts{} : s.ended[thread - 1]);
     });
     team.parallel([&](int thread) {

@@ -33,10 +33,20 @@ struct SegmentEntry {
 
 inline constexpr int32_t kPadding = -1;
 
+// Runs that short_segments takes in calls without states (ForwardWorkspace::short_runs). They have
+// no chunks and stand behind the other segments in the segment table, the last kind first.
+inline constexpr int32_t kShortTokens = 32;
+enum ShortKind : int32_t { kShortPadding, kOneToken, kOneBlock, kTwoBlocks, kShortKinds };
+
+constexpr ShortKind short_kind(int32_t tokens, bool padding) {
+  return padding ? kShortPadding : tokens == 1 ? kOneToken : tokens <= 16 ? kOneBlock : kTwoBlocks;
+}
+
 // Counts that the segment table kernel leaves for the later stages.
 struct TableCounts {
   int32_t chunks;
-  int32_t segments;
+  int32_t segments;                 // but for short ones, where those are apart
+  int32_t short_runs[kShortKinds];  // written where they are
 };
 
 // How the table is built (problem/segment_table.h): positions in blocks, and what one block tells
@@ -154,6 +164,7 @@ struct ForwardWorkspace {
   StageOverlap overlap;
   int64_t decay_slots;  // a count, not an offset
   int64_t bytes;
+  bool short_runs;  // are left to short_segments: see leaves_short_runs
 };
 
 // Hands out aligned places one behind the other.
@@ -196,6 +207,13 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape,
   w.progress_bytes = layout.end - w.progress;
   w.bytes = layout.end;
   return w;
+}
+
+// Whether no state meets a short segment, so that it needs no chunk. The results are those of
+// another order of rounding: a choice by what a call asks for, never by what its segments are.
+inline bool leaves_short_runs(const ForwardParams& p) {
+  return (p.shape.has_segment_ids || p.shape.T <= kShortTokens) && p.initial_state == nullptr &&
+         p.final_state == nullptr && p.chunk_states == nullptr;
 }
 
 // The state, or its gradient, between two chunks of one segment, of which the second starts at

@@ -45,6 +45,7 @@ Status initialize_kernels(int device) {
         ", the kernels are compiled for 9.0 (Hopper); implementation=\"xla\" runs everywhere");
   DeviceScope scope(device);
   if (!scope.status().ok()) return scope.status();
+  if (Status s = initialize_short_segments(); !s.ok()) return s;
   if (Status s = initialize_chunk_prepare(); !s.ok()) return s;
   if (Status s = initialize_chunk_state_output(); !s.ok()) return s;
   if (Status s = initialize_chunk_state_pieces(); !s.ok()) return s;

@@ -19,13 +19,14 @@ namespace jax_flashkda::sm90 {
 Status initialize(int device);
 
 // The limits of one stage, on the current device.
+Status initialize_short_segments();
 Status initialize_chunk_prepare();
 Status initialize_chunk_state_output();
 Status initialize_chunk_state_pieces();
 Status initialize_chunk_state_gradient();
 Status initialize_chunk_gradient();
 
-// Segments and chunks of every row, from segment_ids.
+// Segments and chunks of every row, from segment_ids; short runs apart where workspace.short_runs.
 Status launch_segment_table(const ForwardParams& params, const ForwardWorkspace& workspace,
                             CUstream_st* stream);
 // Final states of slots that no segment uses: the initial state, or zero.
@@ -50,6 +51,11 @@ Status launch_state_maps(const StateMapsParams& params, const ForwardWorkspace& 
 // Directly behind launch_chunk_prepare, or launch_chunk_state_pieces where there are pieces.
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
+
+// Outputs of short runs, where workspace.short_runs: all that these have. Behind launch_segment_table
+// where there are segment_ids, or any stages that follow it.
+Status launch_short_segments(const ForwardParams& params, const ForwardWorkspace& workspace,
+                             CUstream_st* stream);
 
 // The backward, behind segment_table and chunk_prepare of params.forward.
 // Walks each segment forwards, for the states at its boundaries and the corrected values, and

@@ -201,7 +201,8 @@ inline Case spoil_around(const Case& packed, int64_t start, int64_t length, int6
   Case spoiled = packed;
   Call& x = spoiled.call;
   for (auto [rows, row] : token_rows(x)) spoil_other_tokens(*rows, row, start, length);
-  spoil_other_tokens(x.initial_state, x.HV * Call::K * Call::V, slot, 1);
+  if (!x.initial_state.empty())
+    spoil_other_tokens(x.initial_state, x.HV * Call::K * Call::V, slot, 1);
   return spoiled;
 }
 

@@ -42,17 +42,48 @@ struct Launch : Inputs, Runs<Launch> {
   Workspace workspace;
 };
 
+// Whether a token's run is short, for each.
+std::vector<bool> in_short_runs(const Call& x) {
+  std::vector<bool> is_short(x.B * x.T, x.T <= kShortTokens);
+  if (!x.has_segment_ids) return is_short;
+  auto key = [&](int64_t at) {
+    const int32_t id = x.segment_ids[at];
+    return id < 0 || (x.has_padding_segment_id && id == x.padding_segment_id) ? -1 : id;
+  };
+  for (int64_t row = 0; row < x.B; ++row)
+    for (int64_t start = row * x.T, end; start < (row + 1) * x.T; start = end) {
+      for (end = start; end < (row + 1) * x.T && key(end) == key(start); ++end) {
+      }
+      std::fill(is_short.begin() + start, is_short.begin() + end, end - start <= kShortTokens);
+    }
+  return is_short;
+}
+
+// Equal outputs; but for short runs, where one of the calls has them apart and the other has not.
+bool equal_outputs(const Case& c, const Launch& a, const Launch& b) {
+  const auto x = a.output_bits(), y = b.output_bits();
+  if (leaves_short_runs(a.params) == leaves_short_runs(b.params)) return x == y;
+  const std::vector<bool> is_short = in_short_runs(c.call);
+  const int64_t row = c.call.HV * Call::V;
+  for (size_t token = 0; token < is_short.size(); ++token)
+    if (!is_short[token] &&
+        !std::equal(x.begin() + token * row, x.begin() + (token + 1) * row, y.begin() + token * row))
+      return false;
+  return true;
+}
+
 bool check(const Case& c) {
   Launch launch(c);
   bool good = launch.run(0xFF);  // NaN in every type
   const auto first = launch.bits();
   const oracle::Result truth = oracle::forward(c.call);
-  auto error_of = [&](int output, const std::vector<double>& expected) {
-    const std::vector<float> got = launch.outputs[output].values();
+  auto error_of = [](const Output& output, const std::vector<double>& expected) {
+    const std::vector<float> got = output.values();
     return got.empty() ? 0.0 : relative_rms(expected, [&](size_t i) { return double(got[i]); });
   };
-  const double o_error = error_of(0, truth.o), state_error = error_of(1, truth.final_state);
-  const bool accurate = o_error <= c.limit && state_error <= c.limit;  // false for NaN
+  const double o_error = error_of(launch.outputs[0], truth.o),
+               state_error = error_of(launch.outputs[1], truth.final_state);
+  bool accurate = o_error <= c.limit && state_error <= c.limit;  // false for NaN
   bool repeats = launch.repeats(good);
   for (StageOrder order : {StageOrder::kSerial, StageOrder::kOverlapped}) {
     launch.params.stage_order = order;
@@ -64,7 +95,11 @@ bool check(const Case& c) {
   other.want_final = !c.want_final;
   Launch without(other);
   good &= without.run(0xFF);
-  const bool same = without.output_bits() == launch.output_bits();
+  const bool same = equal_outputs(c, without, launch);
+  if (leaves_short_runs(without.params)) {
+    accurate &= error_of(without.outputs[0], truth.o) <= c.limit;
+    repeats &= without.repeats(good);
+  }
   std::printf("%-44s o %.2e  state %.2e  (limit %.3f)%s%s%s\n", c.name.c_str(), o_error,
               state_error, c.limit, accurate ? "" : "  INACCURATE",
               repeats ? "" : "  NOT REPEATABLE", same ? "" : "  DEPENDS ON THE FINAL STATE");
@@ -81,6 +116,65 @@ Verdict judge_draw(const Case& c, uint64_t seed, bool promise) {
   const oracle::Result truth = oracle::forward(c.call, /*workers=*/1);
   judge_outputs(verdict, c, truth, launch.outputs[0].values(), launch.outputs[1].values(), promise);
   return verdict;
+}
+
+// Segments of every short length beside longer ones and padding, in calls without states, which
+// leave them to a stage of their own; and rows of such lengths.
+std::vector<Case> short_cases() {
+  using G = oracle::Gate;
+  std::vector<std::pair<int32_t, int64_t>> runs;
+  for (int32_t length = 1; length <= kShortTokens + 1; ++length) {
+    runs.push_back({length, length});
+    if (length % 4 == 0) runs.push_back({length % 8 == 0 ? 0 : -length, length % 7 + 1});
+    if (length % 16 == 0) runs.push_back({100 + length, 60 + length});
+  }
+  for (int32_t i = 0; i < 9; ++i) runs.push_back({200 + i, 1 + i % 3});
+  runs.push_back({0, 40});
+  const std::vector<int32_t> ids = ids_from_lengths(runs);
+  std::vector<Case> list;
+  auto add = [&](const char* name, Call call, Regime regime = {}) -> Case& {
+    call.has_segment_ids = call.has_padding_segment_id = true;
+    list.push_back(make_case(std::string("short, ") + name, std::move(call), regime));
+    list.back().call.segment_ids = ids;
+    list.back().want_final = false;
+    if (regime.keys != Regime::kRandom) list.back().limit = 0.06;
+    return list.back();
+  };
+  const int64_t T = int64_t(ids.size());
+  const Call raw = raw_shape(G::kSoftplus, 1, T, 2, 2), bounded = raw_shape(G::kBounded, 1, T, 1, 3),
+             plain = shape(1, T, 1, 2);
+  add("softplus", raw);
+  add("softplus, fast", raw, {Regime::kRandom, Regime::kFast});
+  add("softplus, raw 30: every block pairwise", raw, {Regime::kRandom, Regime::kBound});
+  add("bounded, GVA 1 / 3, fast", bounded, {Regime::kRandom, Regime::kFast});
+  add("bounded, GVA 1 / 3, at the bound", bounded, {Regime::kRandom, Regime::kBound});
+  add("log decay", plain);
+  for (auto [gates, text] : {std::pair{Regime::kFast, "log decay, fast"},
+                             {Regime::kBound, "log decay, bound"},
+                             {Regime::kNone, "log decay, none"},
+                             {Regime::kReset, "log decay, resets"},
+                             {Regime::kOneAlive, "log decay, one channel alive"},
+                             {Regime::kFifty, "log decay, -50"},
+                             {Regime::kDead, "log decay, -1000"},
+                             {Regime::kMixed, "log decay, mixed"}})
+    add(text, plain, {Regime::kRandom, gates});
+  for (auto [keys, text] : {std::pair{Regime::kIdentical, "identical keys"},
+                            {Regime::kNear, "near-identical keys"},
+                            {Regime::kZero, "zero keys"}}) {
+    add(text, raw, {keys, Regime::kSlow});
+    add((std::string(text) + ", no decay").c_str(), plain, {keys, Regime::kNone});
+  }
+  Case& wide = add("f32 gate and beta", plain);
+  wide.g_bf16 = wide.beta_bf16 = false;
+  Call negative = raw;
+  negative.allow_neg_eigval = true;
+  add("allow_neg_eigval", negative).limit = 0.012;
+  for (int64_t rows : {1, 2, 16, 17, 32}) {
+    list.push_back(make_case("short rows of " + std::to_string(rows),
+                             raw_shape(G::kSoftplus, 3, rows, 2, 4)));
+    list.back().want_final = false;
+  }
+  return list;
 }
 
 // state_maps: M S + B of the first segment of each row is its final state, from any state S.
@@ -144,11 +238,14 @@ std::vector<Case> map_cases() {
 
 // One segment of a packed row against the same tokens alone: equal bits, though its neighbours are
 // NaN.
-bool check_packing(int64_t HV) {
-  const std::vector<int64_t> lengths = {70, 1, 200, 64, 129};
+bool check_packing(int64_t HV, bool states) {
+  std::vector<int64_t> lengths = {70, 1, 200, 64, 129};
+  if (!states) lengths.insert(lengths.end(), {2, 1, 8, 9, 15, 16, 17, 31, 32, 33, 1});
   std::vector<std::pair<int32_t, int64_t>> runs;
   for (size_t i = 0; i < lengths.size(); ++i) runs.push_back({int32_t(i + 1), lengths[i]});
-  const Case packed = packed_case("packed", 1, HV, int64_t(lengths.size()), ids_from_lengths(runs));
+  Case packed =
+      packed_case("packed", 1, HV, int64_t(lengths.size()), ids_from_lengths(runs), states);
+  packed.want_final = states;
   bool good = true;
   int64_t start = 0;
   for (size_t n = 0; n < lengths.size(); start += lengths[n++]) {
@@ -158,17 +255,20 @@ bool check_packing(int64_t HV) {
     good &= a.run(0xFF) && b.run(0xFF) && c.run(0xFF);
     const auto ao = a.output_bits(), bo = b.output_bits(), co = c.output_bits();
     const auto as = a.state_bits(), bs = b.state_bits(), cs = c.state_bits();
+    const int64_t slot = states ? n * state : 0;
     const bool outputs = std::equal(bo.begin(), bo.end(), ao.begin() + start * HV * 128) &&
                          std::equal(bo.begin(), bo.end(), co.begin() + start * HV * 128);
-    const bool states = std::equal(bs.begin(), bs.end(), as.begin() + n * state) &&
-                        std::equal(bs.begin(), bs.end(), cs.begin() + n * state);
-    if (!outputs || !states)
+    const bool same_states = std::equal(bs.begin(), bs.end(), as.begin() + slot) &&
+                             std::equal(bs.begin(), bs.end(), cs.begin() + slot);
+    if (!outputs || !same_states)
       std::printf("  segment %zu of length %ld differs from itself alone (output %d, state %d)\n",
-                  n, lengths[n], outputs, states);
-    good &= outputs && states;
+                  n, lengths[n], outputs, same_states);
+    good &= outputs && same_states;
   }
   std::printf("%-44s %s\n",
-              ("packed equals alone, NaN neighbours, H " + std::to_string(HV)).c_str(),
+              ("packed equals alone, NaN neighbours, H " + std::to_string(HV) +
+               (states ? "" : ", no states"))
+                  .c_str(),
               good ? "equal bits" : "FAILED");
   return good;
 }
@@ -232,8 +332,13 @@ bool check_continued() {
 
 // Calls on four streams at once: the stages of a call overlap, in fewer places than they would have
 // alone.
-bool check_streams(int rounds, StageOrder order) {
-  const Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
+bool check_streams(int rounds, StageOrder order, bool of_short) {
+  Case c = make_case("streams", raw_shape(oracle::Gate::kSoftplus, 1, 700, 4, 4));
+  if (of_short) {
+    c = packed_case("", 1, 4, 3, ids_from_lengths({{1, 5}, {2, 200}, {3, 1}, {4, 30}, {5, 290}}),
+                    /*states=*/false);
+    c.want_final = false;
+  }
   std::vector<Launch> launches;
   for (int i = 0; i < 4; ++i) {
     launches.emplace_back(c);
@@ -242,16 +347,19 @@ bool check_streams(int rounds, StageOrder order) {
   const bool good = equal_on_streams(std::move(launches), Launch(c), rounds, 100);
   std::printf("%-44s %s\n",
               ("four streams, " + std::to_string(rounds) + " rounds" +
-               (order == StageOrder::kOverlapped ? ", overlapped" : ""))
+               (order == StageOrder::kOverlapped ? ", overlapped" : "") +
+               (of_short ? ", short segments" : ""))
                   .c_str(),
               good ? "equal bits" : "FAILED");
   return good;
 }
 
 // Captured into a graph and replayed.
-bool check_graph(int replays) {
+bool check_graph(int replays, bool of_short) {
   bool good = true;
-  Case c = packed_case("graph", 1, 4, 3, ids_from_lengths({{1, 500}, {2, 200}, {3, 90}}));
+  Case c = packed_case("graph", 1, 4, 3,
+                       ids_from_lengths({{1, 500}, {2, 200}, {3, of_short ? 9 : 90}}), !of_short);
+  c.want_final = !of_short;
   for (StageOrder order : {StageOrder::kSerial, StageOrder::kOverlapped}) {
     Launch launch(c);
     good &= launch.run(0xFF);
@@ -276,13 +384,17 @@ bool check_graph(int replays) {
     CHECK_CUDA(cudaGraphDestroy(graph));
     CHECK_CUDA(cudaStreamDestroy(stream));
   }
-  std::printf("%-44s %s\n", ("a graph, " + std::to_string(replays) + " replays").c_str(),
+  std::printf("%-44s %s\n",
+              ("a graph, " + std::to_string(replays) + " replays" +
+               (of_short ? ", short segments" : ""))
+                  .c_str(),
               good ? "equal bits" : "FAILED");
   return good;
 }
 
 // A call whose operands were made on the device; segments of the given lengths fill its one row.
 struct LargeCall {
+  // N: slots of final states, 0 for none.
   LargeCall(int64_t H, const std::vector<int64_t>& lengths, int64_t N) {
     std::vector<int32_t> ids;
     for (size_t n = 0; n < lengths.size(); ++n) ids.insert(ids.end(), lengths[n], int32_t(n + 1));
@@ -302,13 +414,13 @@ struct LargeCall {
     segment_ids.upload(ids);
     o = DeviceBuffer(T * H * 256);
     final_state = DeviceBuffer(N * H * Call::K * Call::V * 4);
-    params.shape = {1, T, H, H, Call::K, Call::V, N, true};
+    params.shape = {1, T, H, H, Call::K, Call::V, std::max<int64_t>(N, 1), true};
     params.qkv_dtype = params.g_dtype = params.beta_dtype = DType::kBF16;
     params.q = q.data(), params.k = k.data(), params.v = v.data(), params.g = g.data(),
     params.beta = beta.data();
     params.segment_ids = static_cast<int32_t*>(segment_ids.data());
     params.o = o.data();
-    params.final_state = static_cast<float*>(final_state.data());
+    params.final_state = N > 0 ? static_cast<float*>(final_state.data()) : nullptr;
     params.beta_is_logits = params.qk_l2norm = true;
     params.scale = 0.125f;
   }
@@ -324,11 +436,12 @@ struct LargeCall {
         shift(alone.beta, H);
     alone.shape.T = length, alone.shape.N = 1, alone.shape.has_segment_ids = false,
     alone.segment_ids = nullptr;
-    DeviceBuffer own_o(length * row * 2), own_state(state * 4),
+    const bool states = params.final_state != nullptr;
+    DeviceBuffer own_o(length * row * 2), own_state(states ? state * 4 : 0),
         scratch(forward_workspace_bytes(alone.shape));
     own_o.fill(0xFF), own_state.fill(0xFF);
-    alone.o = own_o.data(), alone.final_state = static_cast<float*>(own_state.data()),
-    alone.workspace = scratch.data();
+    alone.o = own_o.data(), alone.workspace = scratch.data();
+    alone.final_state = states ? static_cast<float*>(own_state.data()) : nullptr;
     if (!forward(alone, nullptr).ok()) return false;
     const auto expected = own_o.download<uint16_t>();
     const auto expected_state = own_state.download<uint32_t>();
@@ -336,8 +449,9 @@ struct LargeCall {
     std::vector<uint32_t> got_state(expected_state.size());
     CHECK_CUDA(cudaMemcpy(got.data(), static_cast<char*>(params.o) + start * row * 2,
                           got.size() * 2, cudaMemcpyDeviceToHost));
-    CHECK_CUDA(cudaMemcpy(got_state.data(), params.final_state + n * state, got_state.size() * 4,
-                          cudaMemcpyDeviceToHost));
+    if (states)
+      CHECK_CUDA(cudaMemcpy(got_state.data(), params.final_state + n * state, got_state.size() * 4,
+                            cudaMemcpyDeviceToHost));
     const bool finite =
         std::none_of(got.begin(), got.end(), [](uint16_t x) { return (x & 0x7f80) == 0x7f80; });
     return finite && got == expected && got_state == expected_state;
@@ -358,24 +472,31 @@ struct LargeCall {
 };
 
 bool check_large_offsets() {
-  LargeCall call(128, {131100, 100}, 2);  // 2.15e9 elements an operand
-  const bool good = call.run() && call.equals_alone(131100, 100, 1);
-  std::printf("%-44s %s\n", "T H K beyond 2^31, the last 100 tokens",
-              good ? "equal bits" : "FAILED");
+  bool good = true;
+  {
+    LargeCall call(128, {131100, 100}, 2);  // 2.15e9 elements an operand
+    good &= call.run() && call.equals_alone(131100, 100, 1);
+  }
+  LargeCall call(128, {131100, 17, 1, 32}, 0);
+  good &= call.run() && call.equals_alone(131100, 17, 1) && call.equals_alone(131117, 1, 2) &&
+          call.equals_alone(131118, 32, 3);
+  std::printf("%-44s %s\n", "T H K beyond 2^31, the last tokens", good ? "equal bits" : "FAILED");
   return good;
 }
 
-bool check_many_pairs() {
+bool check_many_pairs(bool states) {
   std::vector<int64_t> lengths(1100);
   std::vector<int64_t> starts(lengths.size());
   int64_t T = 0;
   for (size_t n = 0; n < lengths.size(); T += lengths[n++])
     starts[n] = T, lengths[n] = 1 + int64_t(n * 7 % 70);
-  LargeCall call(64, lengths, int64_t(lengths.size()));
+  LargeCall call(64, lengths, states ? int64_t(lengths.size()) : 0);
   bool good = call.run();
   for (int64_t n : {0, 1, 511, 1023, 1024, 1099})
     good &= call.equals_alone(starts[n], lengths[n], n);
-  std::printf("%-44s %s\n", "70,400 (segment, head) pairs", good ? "equal bits" : "FAILED");
+  std::printf("%-44s %s\n",
+              states ? "70,400 (segment, head) pairs" : "70,400 (segment, head) pairs, no states",
+              good ? "equal bits" : "FAILED");
   return good;
 }
 
@@ -422,18 +543,21 @@ int main(int argc, char** argv) {
   Tally tally;
   if (large) {
     tally(check_large_offsets());
-    tally(check_many_pairs());
+    for (bool states : {true, false}) tally(check_many_pairs(states));
   } else {
     for (const Case& c : cases(quick)) tally(check(c));
     for (const Case& c : map_cases()) tally(check_maps(c));
-    tally(check_packing(2));
-    if (!quick) tally(check_packing(70));
+    for (const Case& c : short_cases()) tally(check(c));
+    for (bool states : {true, false}) {
+      tally(check_packing(2, states));
+      if (!quick) tally(check_packing(70, states));
+    }
     tally(check_chunk_states(2));
     if (!quick) tally(check_chunk_states(70));
     tally(check_continued());
     for (StageOrder order : {StageOrder::kByShape, StageOrder::kOverlapped})
-      tally(check_streams(quick ? 3 : 1000, order));
-    tally(check_graph(quick ? 3 : 100));
+      for (bool of_short : {false, true}) tally(check_streams(quick ? 3 : 1000, order, of_short));
+    for (bool of_short : {false, true}) tally(check_graph(quick ? 3 : 100, of_short));
     tally(check_refusals());
   }
   return tally.exit_status();

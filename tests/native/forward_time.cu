@@ -37,12 +37,16 @@ void time_shape(const Shape& s, Gate gate, bool fast) {
   const double prepare = stage(alone, sm90::launch_chunk_prepare);
   const double pieces = in_pieces ? stage(alone, sm90::launch_chunk_state_pieces) : 0.0;
   const double state = stage(alone, sm90::launch_chunk_state_output);
+  ForwardWorkspace apart = alone;
+  apart.short_runs = leaves_short_runs(sets[0].params);
+  const double of_short =
+      apart.short_runs ? stage(apart, sm90::launch_segment_table, sm90::launch_short_segments) : 0.0;
   const double floor = 5.0 * s.B * s.T * s.HV * 256 / 4.3e9;
   std::printf(
       "%-14s %-8s %-4s  all %7.3f ms  serial %7.3f  table %6.3f  prepare %7.3f  pieces %7.3f  "
-      "state %7.3f  floor %.3f",
+      "state %7.3f  table and short %7.3f  floor %.3f",
       s.name, gate == Gate::kSoftplus ? "softplus" : "bounded", fast ? "fast" : "slow", chosen,
-      serial, table, prepare, pieces, state, floor);
+      serial, table, prepare, pieces, state, of_short, floor);
   if (!in_pieces) {  // each on its share of the device, the other not running
     const double share = stage(beside, sm90::clear_progress, sm90::launch_chunk_prepare);
     std::printf("  overlapped %7.3f (%ld for state)  prepare %7.3f  state %7.3f", overlapped,

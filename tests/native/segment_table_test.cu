@@ -19,19 +19,22 @@ int repeats = 9;
 
 struct Expected {
   std::vector<ChunkEntry> chunks;
-  std::vector<SegmentEntry> segments;
+  std::vector<SegmentEntry> segments;  // longest first; then short runs, the last kind first
+  int32_t short_runs[kShortKinds] = {};
   std::vector<int32_t> row_segments;
 };
 
-int bucket(const SegmentEntry& segment) {
+int bucket(const SegmentEntry& segment, int buckets) {
   int power = 0;
-  while (power < kLengthBuckets - 1 && (int64_t{kChunk} << power) < segment.length) ++power;
+  while (power < buckets - 1 && (int64_t{kChunk} << power) < segment.length) ++power;
   return power;
 }
 
 // Padding: negative ids and 0.
-Expected definition(const std::vector<int32_t>& ids, int64_t B, int64_t T, bool in_token_order) {
+Expected definition(const std::vector<int32_t>& ids, int64_t B, int64_t T, bool in_token_order,
+                    bool short_apart) {
   Expected e;
+  std::vector<SegmentEntry> short_runs[kShortKinds];
   for (int64_t row = 0; row < B; ++row) {
     auto key = [&](int64_t t) { return std::max(ids[row * T + t], 0); };
     int32_t ordinal = 0;
@@ -39,18 +42,28 @@ Expected definition(const std::vector<int32_t>& ids, int64_t B, int64_t T, bool 
       for (end = start; end < T && key(end) == key(start); ++end) {
       }
       const int32_t segment = key(start) == 0 ? kPadding : ordinal++;
+      const SegmentEntry entry = {int32_t(row), int32_t(start), int32_t(end - start), segment};
+      if (short_apart && entry.length <= kShortTokens) {
+        short_runs[short_kind(entry.length, segment == kPadding)].push_back(entry);
+        continue;
+      }
       for (int64_t at = start; at < end; at += kChunk)
         e.chunks.push_back(
             {int32_t(row), int32_t(at), int32_t(std::min(kChunk, end - at)), segment});
-      if (segment != kPadding)
-        e.segments.push_back({int32_t(row), int32_t(start), int32_t(end - start), segment});
+      if (segment != kPadding) e.segments.push_back(entry);
     }
     e.row_segments.push_back(ordinal);
   }
+  const int buckets = short_apart ? kLengthBuckets - kShortKinds : kLengthBuckets;
   if (!in_token_order)
-    std::stable_sort(
-        e.segments.begin(), e.segments.end(),
-        [](const SegmentEntry& a, const SegmentEntry& b) { return bucket(a) > bucket(b); });
+    std::stable_sort(e.segments.begin(), e.segments.end(),
+                     [&](const SegmentEntry& a, const SegmentEntry& b) {
+                       return bucket(a, buckets) > bucket(b, buckets);
+                     });
+  for (int kind = kShortKinds; kind-- > 0;) {
+    e.short_runs[kind] = int32_t(short_runs[kind].size());
+    e.segments.insert(e.segments.end(), short_runs[kind].begin(), short_runs[kind].end());
+  }
   return e;
 }
 
@@ -60,11 +73,13 @@ bool equal(const std::vector<Entry>& expected, const unsigned char* got) {
          std::memcmp(expected.data(), got, expected.size() * sizeof(Entry)) == 0;
 }
 
-bool check(const std::string& name, int64_t B, int64_t T, const std::vector<int32_t>& ids) {
+bool check(const std::string& name, int64_t B, int64_t T, const std::vector<int32_t>& ids,
+           bool short_apart) {
   ForwardParams params{};
   params.shape = {B, T, 1, 1, 128, 128, 1, true};
   params.has_padding_segment_id = true;
   ForwardWorkspace w = forward_workspace(params.shape);
+  w.short_runs = short_apart;
   DeviceBuffer device_ids(ids.size() * 4), workspace(w.bytes);
   device_ids.upload(ids);
   params.segment_ids = static_cast<int32_t*>(device_ids.data());
@@ -73,15 +88,20 @@ bool check(const std::string& name, int64_t B, int64_t T, const std::vector<int3
   Expected e;
   for (int poison : {0xFF, 0x7F, 0x00}) {
     w.overlap.processors = poison == 0x7F ? 1 : 0;  // then segments stay in the order of tokens
-    e = definition(ids, B, T, w.overlap.processors > 0);
+    e = definition(ids, B, T, w.overlap.processors > 0, short_apart);
     workspace.fill(poison);
     const Status status = sm90::launch_segment_table(params, w, nullptr);
     if (!status.ok()) std::printf("  %s\n", status.message.c_str());
     CHECK_CUDA(cudaDeviceSynchronize());
     const auto got = workspace.download<unsigned char>();
     const auto& counts = *reinterpret_cast<const TableCounts*>(&got[w.counts]);
+    int32_t listed = counts.segments;
+    for (int kind = 0; short_apart && kind < kShortKinds; ++kind) {
+      good &= counts.short_runs[kind] == e.short_runs[kind];
+      listed += counts.short_runs[kind];
+    }
     good &= status.ok() && counts.chunks == int32_t(e.chunks.size()) &&
-            counts.segments == int32_t(e.segments.size()) && equal(e.chunks, &got[w.chunk_table]) &&
+            listed == int32_t(e.segments.size()) && equal(e.chunks, &got[w.chunk_table]) &&
             equal(e.segments, &got[w.segment_table]) && equal(e.row_segments, &got[w.row_segments]);
   }
   cudaEvent_t begin, end;
@@ -99,9 +119,9 @@ bool check(const std::string& name, int64_t B, int64_t T, const std::vector<int3
   }
   std::sort(times.begin(), times.end());
   if (times.empty()) times.push_back(NAN);
-  std::printf("%-36s B %-5ld T %-7ld %7zu chunks %7zu segments  %7.2f us  %s\n", name.c_str(), B, T,
-              e.chunks.size(), e.segments.size(), times[times.size() / 2],
-              good ? "equal" : "DIFFERENT");
+  std::printf("%-36s B %-5ld T %-7ld %7zu chunks %7zu segments%s  %7.2f us  %s\n", name.c_str(), B,
+              T, e.chunks.size(), e.segments.size(), short_apart ? ", short ones apart" : "",
+              times[times.size() / 2], good ? "equal" : "DIFFERENT");
   std::fflush(stdout);
   return good;
 }
@@ -125,14 +145,18 @@ std::vector<int32_t> random_runs(int64_t tokens, uint32_t mean, uint32_t seed) {
 int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "--untimed") repeats = 0;
   bool good = true;
+  auto both = [&](const std::string& name, int64_t B, int64_t T, const std::vector<int32_t>& ids) {
+    for (bool short_apart : {false, true}) good &= check(name, B, T, ids, short_apart);
+  };
   for (int64_t length : {65536, 8192, 1024, 100, 16, 1})
-    good &= check("segments of " + std::to_string(length), 1, 65536, runs_of(65536, length));
+    both("segments of " + std::to_string(length), 1, 65536, runs_of(65536, length));
   for (int64_t T : {1, 2, 64, 1023, 1024, 1025, 8192, 131071, 131072, 1 << 20})
-    good &= check("random runs", 1, T, random_runs(T, 300, uint32_t(T)));
-  good &= check("random runs", 5, 4001, random_runs(5 * 4001, 50, 1));
-  good &= check("random runs", 4000, 33, random_runs(4000 * 33, 10, 2));
-  good &= check("random runs", 3, 300001, random_runs(3 * 300001, 9000, 3));
-  good &= check("all padding", 2, 5000, std::vector<int32_t>(10000, -3));
+    both("random runs", 1, T, random_runs(T, 300, uint32_t(T)));
+  both("random runs", 5, 4001, random_runs(5 * 4001, 50, 1));
+  both("random runs", 5, 4001, random_runs(5 * 4001, 4, 4));
+  both("random runs", 4000, 33, random_runs(4000 * 33, 10, 2));
+  both("random runs", 3, 300001, random_runs(3 * 300001, 9000, 3));
+  both("all padding", 2, 5000, std::vector<int32_t>(10000, -3));
   std::printf(good ? "passed\n" : "FAILED\n");
   return good ? 0 : 1;
 }

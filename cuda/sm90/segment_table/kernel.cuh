@@ -55,9 +55,10 @@ struct Cta {
   __device__ void add(int32_t* count, int32_t more) { atomicAdd(count, more); }
 };
 
-__device__ __forceinline__ Ids ids_of(const ForwardParams& p) {
+__device__ __forceinline__ Ids ids_of(const ForwardParams& p, const ForwardWorkspace& w) {
   return {p.segment_ids, static_cast<int32_t>(p.shape.B * p.shape.T),
-          static_cast<int32_t>(p.shape.T), p.has_padding_segment_id, p.padding_segment_id};
+          static_cast<int32_t>(p.shape.T), p.has_padding_segment_id, p.padding_segment_id,
+          w.overlap.processors > 0};
 }
 
 __device__ __forceinline__ TableBlock* blocks_of(const ForwardParams& p,
@@ -65,30 +66,31 @@ __device__ __forceinline__ TableBlock* blocks_of(const ForwardParams& p,
   return reinterpret_cast<TableBlock*>(static_cast<uint8_t*>(p.workspace) + w.table_blocks);
 }
 
+template <class Shape>
 __global__ void __launch_bounds__(Config::kThreads)
     segment_blocks_kernel(const __grid_constant__ ForwardParams p,
                           const __grid_constant__ ForwardWorkspace w) {
-  __shared__ Config::Shape::Shared s;
+  __shared__ typename Shape::Shared s;
   let_next_kernel_start();
   Cta cta;
-  summarize_block<Config::Shape>(cta, s, ids_of(p), blockIdx.x, blocks_of(p, w));
+  summarize_block<Shape>(cta, s, ids_of(p, w), blockIdx.x, blocks_of(p, w));
 }
 
+template <class Shape>
 __global__ void __launch_bounds__(Config::kThreads)
     segment_table_kernel(const __grid_constant__ ForwardParams p,
                          const __grid_constant__ ForwardWorkspace w) {
-  __shared__ Config::Shape::Shared s;
+  __shared__ typename Shape::Shared s;
   uint8_t* workspace = static_cast<uint8_t*>(p.workspace);
   const Tables tables = {reinterpret_cast<ChunkEntry*>(workspace + w.chunk_table),
                          reinterpret_cast<SegmentEntry*>(workspace + w.segment_table),
                          reinterpret_cast<TableCounts*>(workspace + w.counts),
-                         reinterpret_cast<int32_t*>(workspace + w.row_segments),
-                         w.overlap.processors > 0};
+                         reinterpret_cast<int32_t*>(workspace + w.row_segments)};
   let_next_kernel_start();
   wait_for_earlier_kernel();  // what each block holds
   Cta cta;
-  if (gridDim.x == 1) summarize_block<Config::Shape>(cta, s, ids_of(p), 0, blocks_of(p, w));
-  write_block<Config::Shape>(cta, s, ids_of(p), blockIdx.x, blocks_of(p, w), tables);
+  if (gridDim.x == 1) summarize_block<Shape>(cta, s, ids_of(p, w), 0, blocks_of(p, w));
+  write_block<Shape>(cta, s, ids_of(p, w), blockIdx.x, blocks_of(p, w), tables);
 }
 
 // Slots past a row's last segment keep their initial state, or zero.

@@ -9,20 +9,31 @@ namespace jax_flashkda::sm90 {
 
 using segment_table::Config;
 
-Status launch_segment_table(const ForwardParams& params, const ForwardWorkspace& workspace,
-                            CUstream_st* stream) {
-  const auto blocks =
-      static_cast<unsigned>(Config::Shape::blocks(params.shape.B * params.shape.T + 1));
+namespace {
+
+template <class Shape>
+Status launch_table(const ForwardParams& params, const ForwardWorkspace& workspace,
+                    CUstream_st* stream) {
+  const auto blocks = static_cast<unsigned>(Shape::blocks(params.shape.B * params.shape.T + 1));
+  const auto table = segment_table::segment_table_kernel<Shape>;
   clear_older_error();
   if (blocks == 1) {
-    segment_table::segment_table_kernel<<<1, Config::kThreads, 0, stream>>>(params, workspace);
+    table<<<1, Config::kThreads, 0, stream>>>(params, workspace);
     return launch_status("segment_table_kernel");
   }
-  segment_table::segment_blocks_kernel<<<blocks, Config::kThreads, 0, stream>>>(params, workspace);
+  segment_table::segment_blocks_kernel<Shape>
+      <<<blocks, Config::kThreads, 0, stream>>>(params, workspace);
   if (Status status = launch_status("segment_blocks_kernel"); !status.ok()) return status;
-  launch_early(segment_table::segment_table_kernel, blocks, Config::kThreads, 0, stream, params,
-               workspace);
+  launch_early(table, blocks, Config::kThreads, 0, stream, params, workspace);
   return launch_status("segment_table_kernel");
+}
+
+}  // namespace
+
+Status launch_segment_table(const ForwardParams& params, const ForwardWorkspace& workspace,
+                            CUstream_st* stream) {
+  return workspace.short_runs ? launch_table<Config::Shape<kShortTokens>>(params, workspace, stream)
+                              : launch_table<Config::Shape<0>>(params, workspace, stream);
 }
 
 Status launch_unused_states(const ForwardParams& params, const ForwardWorkspace& workspace,

@@ -1,0 +1,71 @@
+// The short runs of a call, and where a worker finds its share of them.
+#pragma once
+
+#include "core/ptx.cuh"
+#include "problem/numerics.cuh"
+#include "problem/segments.cuh"
+#include "sm90/short_segments/config.h"
+
+namespace jax_flashkda::short_segments {
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(thread_index() % 32); }
+// Of all warps.
+__device__ __forceinline__ uint32_t warp_number() {
+  return blockIdx.x * Config::kWarps + thread_index() / 32;
+}
+__device__ __forceinline__ uint32_t warps() { return gridDim.x * Config::kWarps; }
+
+// To the worker's first item of a kind.
+__device__ __forceinline__ Walk start_walk(const ForwardParams& p, const ForwardWorkspace& w,
+                                           ShortKind kind, uint32_t worker, uint32_t workers) {
+  Walk walk = {};
+  if (!p.shape.has_segment_ids) {
+    if (short_kind(static_cast<int32_t>(p.shape.T), false) == kind)
+      walk.count = static_cast<uint32_t>(p.shape.B);
+  } else {
+    const uint8_t* workspace = static_cast<const uint8_t*>(p.workspace);
+    const TableCounts& counts = *reinterpret_cast<const TableCounts*>(workspace + w.counts);
+    const int64_t places = p.shape.B * p.shape.T;
+    int64_t first = clamp_to<int64_t>(counts.segments, 0, places), count = 0;
+#pragma unroll
+    for (int i = kShortKinds - 1; i >= 0; --i) {
+      if (i < kind) break;
+      first += count;
+      count = clamp_to<int64_t>(counts.short_runs[i], 0, places - first);
+    }
+    walk.entries = reinterpret_cast<const SegmentEntry*>(workspace + w.segment_table) + first;
+    walk.count = static_cast<uint32_t>(count);
+  }
+  if (walk.count == 0) return walk;
+  const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
+  walk.run = worker / heads;
+  walk.head = worker - walk.run * heads;
+  walk.step_runs = workers / heads;
+  walk.step_heads = workers - walk.step_runs * heads;
+  return walk;
+}
+
+__device__ __forceinline__ void advance(Walk& walk, const ForwardParams& p) {
+  const uint32_t heads = static_cast<uint32_t>(p.shape.HV);
+  walk.run += walk.step_runs;
+  walk.head += walk.step_heads;
+  if (walk.head >= heads) walk.head -= heads, ++walk.run;
+}
+
+__device__ __forceinline__ Item item_at(const Walk& walk, const ForwardParams& p) {
+  if (walk.run >= walk.count) return {};
+  const ForwardShape& shape = p.shape;
+  const SegmentEntry row = {static_cast<int32_t>(walk.run), 0, static_cast<int32_t>(shape.T), 0};
+  const Segment run =
+      segment_from_entry(shape, walk.entries != nullptr ? walk.entries[walk.run] : row);
+  const int64_t token = run.row * shape.T + run.start;
+  const uint32_t group = static_cast<uint32_t>(shape.HV) / static_cast<uint32_t>(shape.H);
+  Item item;
+  item.qk_row = token * shape.H + (group == 1 ? walk.head : walk.head / group);
+  item.value_row = token * shape.HV + walk.head;
+  item.gate_row = static_cast<int32_t>(run.row * shape.HV + walk.head);
+  item.length = static_cast<int32_t>(min(run.length, int64_t{kShortTokens}));
+  return item;
+}
+
+}  // namespace jax_flashkda::short_segments

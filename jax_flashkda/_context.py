@@ -318,7 +318,7 @@ def _forward(problem, *operands):
     named = problem.named(operands)
     rows, initial = _rows(problem, named), _initial_state(problem, named)
     pieces = _pieces(problem, named)
-    M, B = _maps(problem, named, pieces, _tail(problem, rows, named))
+    (M, B), prepared = _maps(problem, named, pieces, _tail(problem, rows, named))
     start = _slots(initial, rows.first + rows.count - 1, 1)[:, 0]
     # Behind the last piece, from where the tail begins: from no state if it came in.
     behind = _states(M, B, _where(rows.through, 0, start))[:, -1]
@@ -330,7 +330,7 @@ def _forward(problem, *operands):
         saved = incoming[:, None]
     else:
         starts = saved = _states(M, B, _where(rows.head, incoming, initial[:, 0]))[:, :-1]
-    o, ends = _run(problem, named, pieces, starts)
+    o, ends = _run(problem, named, pieces, starts, prepared)
     results = dict(o=o)
     if problem.return_final_state:
         ended = rows.count - rows.continued
@@ -356,11 +356,13 @@ def _backward(problem, *operands):
 def _backward_of_rows(problem, named, rows, M, starts, initial, d_o, d_final):
     """Of rows that are one segment each: gradients by name, and those of slots for `_spread`."""
     pieces = M.shape[1]
-    C = _state_gradients(problem, named, pieces, d_o)
+    C, prepared = _state_gradients(problem, named, pieces, d_o)
     d_start = _states_back(M, C, _where(rows.continued, 0, d_final[:, 0]))[:, 0]
     d_state = _scan_back(problem.context_axis, rows, _total(M), d_start)
     d_ends = _states_back(M, C, _where(rows.continued, d_state, d_final[:, 0]))[:, 1:]
-    gradients, d_starts = _pull_back(problem, named, pieces, d_o, starts, d_ends)
+    gradients, d_starts = _pull_back(
+        problem, named, pieces, d_o, starts, d_ends, prepared=prepared
+    )
     return gradients, [(d_starts[:, :1], rows.first, rows.head, rows.count)]
 
 
@@ -376,7 +378,7 @@ def _backward_of_segments(problem, named, rows, M, starts, initial, d_o, d_final
     rest = ~tail & ~_padding(problem, named)
     d_rest, d_starts = _pull_back(problem, named, 1, d_o, states, d_ends, rest)
 
-    C = _state_gradients(problem, named, 1, d_o, tail & inside[:, None])
+    C, _ = _state_gradients(problem, named, 1, d_o, tail & inside[:, None])
     C = _where(inside, C, d_starts[:, :1])
     d_state = _scan_back(problem.context_axis, rows, M[:, 0], C[:, 0])
 
@@ -494,30 +496,37 @@ def _pieces(problem, named):
 
 
 def _maps(problem, named, pieces, mask):
-    """M [B, P, HV, K, K] and B [B, P, HV, K, V] of the segment that `mask` leaves of each piece
-    (None: of all of it). Anything where it leaves none."""
+    """(M [B, P, HV, K, K], B [B, P, HV, K, V]) of the segment that `mask` leaves of each piece (None:
+    of all of it), anything where it leaves none; and what was prepared of these tokens."""
     problem = _local(problem, 1, return_final_state=False, has_initial_state=False)
     operands = _cut(problem.signature("state_maps")[0], named, pieces, mask)
-    maps = _primitives.state_maps(problem, *operands)
-    return tuple(x.reshape(-1, pieces, *x.shape[1:]) for x in maps)
+    M, B, *prepared = _primitives.state_maps(problem, *operands)
+    return tuple(x.reshape(-1, pieces, *x.shape[1:]) for x in (M, B)), prepared
 
 
-def _run(problem, named, pieces, states):
-    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]."""
+def _run(problem, named, pieces, states, prepared):
+    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]; from what `_maps` prepared
+    where that was of all tokens."""
     problem = _local(problem, states.shape[1] // pieces)
     operands = _cut(problem.operand_names, named | {"initial_state": states}, pieces)
-    o, ends = _primitives.forward(problem, *operands)
+    if problem.has_segment_ids:
+        o, ends = _primitives.forward(problem, *operands)
+    else:
+        o, ends = _primitives.prepared_forward(problem, *operands, *prepared)
     return o.reshape(named["v"].shape), ends.reshape(states.shape)
 
 
-def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None):
-    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves."""
+def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None, prepared=None):
+    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves; from what
+    `_state_gradients` prepared of the same."""
     problem = _local(problem, states.shape[1] // pieces)
     given = named | {"initial_state": states, "o": d_o, "final_state": d_ends}
     operands = _cut(problem.signature("backward")[0], given, pieces, mask)
-    gradients = dict(
-        zip(problem.differentiable_names, _primitives.backward(problem, *operands), strict=True)
-    )
+    if prepared is None:
+        results = _primitives.backward(problem, *operands)
+    else:
+        results = _primitives.prepared_backward(problem, *operands, *prepared)
+    gradients = dict(zip(problem.differentiable_names, results, strict=True))
     d_states = gradients.pop("initial_state").reshape(states.shape)
     for name, x in gradients.items():
         if name in ("A_log", "dt_bias"):
@@ -529,13 +538,13 @@ def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None):
 
 def _state_gradients(problem, named, pieces, d_o, mask=None):
     """C [B, P, HV, K, V]: the gradients of the states that pieces start from, none from behind;
-    for the tokens that `mask` leaves."""
+    for the tokens that `mask` leaves, and what was prepared of them."""
     zeros = _no_states(named, pieces)
     problem = _local(problem, 1)
     given = named | {"initial_state": zeros, "o": d_o, "final_state": zeros}
     operands = _cut(problem.signature("state_gradient")[0], given, pieces, mask)
-    (C,) = _primitives.state_gradient(problem, *operands)
-    return C.reshape(zeros.shape)
+    C, *prepared = _primitives.state_gradient(problem, *operands)
+    return C.reshape(zeros.shape), prepared
 
 
 def _local(problem, max_segments, **changes):

@@ -24,6 +24,8 @@ T = SHARDS * SHARD
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+STAGES = ("forward", "backward", "state_maps", "state_gradient")
+STAGES += ("prepared_forward", "prepared_backward")
 
 
 def row(*lengths):
@@ -358,12 +360,19 @@ def test_no_tokens():
 
 def calls(mapped, case):
     jaxpr = jax.make_jaxpr(mapped)(case.arrays(), case.cotangents()).jaxpr
-    stages = ("forward", "state_maps", "backward", "state_gradient")
-    return [count(jaxpr, f"kda_{stage}") for stage in stages]
+    found = {stage: count(jaxpr, f"kda_{stage}") for stage in STAGES}
+    return {stage: n for stage, n in found.items() if n}
 
 
 def test_one_shard_is_the_plain_op():
-    assert calls(shard_mapped(PACKED, mesh_of(AUTO, shape=(1,))), PACKED) == [1, 0, 1, 0]
+    found = calls(shard_mapped(PACKED, mesh_of(AUTO, shape=(1,))), PACKED)
+    assert found == dict(forward=1, backward=1)
+
+
+def test_a_shard_is_prepared_once():
+    """In either direction, where a row is one segment: what finds the maps hands it on."""
+    found = calls(shard_mapped(WHOLE, mesh_of(AUTO, shape=(4,))), WHOLE)
+    assert found == dict(state_maps=1, prepared_forward=1, state_gradient=1, prepared_backward=1)
 
 
 def test_named_residuals():
@@ -381,9 +390,10 @@ def test_named_residuals():
         return calls(mapped, PACKED)
 
     policies = jax.checkpoint_policies
-    assert calls_with(None) == [1, 1, 2, 1]
-    assert calls_with(policies.save_only_these_names("kda")) == [1, 1, 2, 1]
-    assert calls_with(policies.nothing_saveable) == [1, 2, 2, 1]
+    once = dict(forward=1, state_maps=1, backward=2, state_gradient=1)
+    assert calls_with(None) == once
+    assert calls_with(policies.save_only_these_names("kda")) == once
+    assert calls_with(policies.nothing_saveable) == once | dict(state_maps=2)
 
 
 # ----------------------------------------------------------------------------- refusals

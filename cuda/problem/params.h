@@ -59,6 +59,11 @@ struct ForwardParams {
   void* workspace;  // workspace_bytes(shape) bytes, uninitialised, 1024-byte aligned by the launch
                     // layer
 
+  // What chunk_prepare leaves, where it outlives the call: written by state_maps and state_gradient,
+  // read by prepared_forward and prepared_backward. All others have it in the workspace.
+  void* prepared;  // [B, HV, T] rows of kOperandBytes: see OperandTile
+  float* decays;   // [B, HV, decay_slots(shape), K]  exp(G_C)
+
   Gate gate;
   float gate_lower_bound;
   bool beta_is_logits;
@@ -92,7 +97,7 @@ struct BackwardParams {
 // How the first segment of each row moves its state: S -> M S + B. Of a shard of longer rows, what
 // the others have to know of it.
 struct StateMapsParams {
-  ForwardParams forward;  // N = 1; initial_state, o and final_state null
+  ForwardParams forward;  // N = 1; initial_state, o and final_state null; prepared and decays not
 
   float* factor;  // M [B, HV, K, K]  not written for a row without a segment
   float* offset;  // B [B, HV, K, V]  likewise

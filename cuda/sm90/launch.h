@@ -56,7 +56,7 @@ Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorks
 // backwards, for the state gradients at its boundaries, dv and d_initial_state.
 Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                                    CUstream_st* stream);
-// Backwards alone: d_initial_state; dv and the boundaries' gradients are written all the same.
+// Backwards alone, and nothing of it is kept but d_initial_state.
 Status launch_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                              CUstream_st* stream);
 // All chunks at once: dq, dk (of each value head where HV > H), dg, d_beta, partial sums of dA_log

@@ -254,9 +254,10 @@ __device__ __forceinline__ void load_rows(typename Config::Shared& s, const Forw
                             (header.head * Config::kHeadDim + header.value_column) * 2 + 16 * piece;
       // Fewer stages of rows than of operands: the next rows have little time, so they come to L2
       // ahead of it.
+      constexpr int64_t kAhead = Config::kReverse ? -kChunk : kChunk;
       if (Config::kRowStages < Config::kStages && !header.last && thread < kChunk &&
-          header.token + kChunk + thread < p.shape.B * p.shape.T) {
-        const uint8_t* next = rows - 16 * piece + (kChunk + thread) * stride;
+          header.token + kAhead + thread < p.shape.B * p.shape.T) {
+        const uint8_t* next = rows - 16 * piece + (kAhead + thread) * stride;
         prefetch_to_l2(next);
         if (Config::kValueTiles > 1) prefetch_to_l2(next + 128);
       }

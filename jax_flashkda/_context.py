@@ -360,9 +360,7 @@ def _backward_of_rows(problem, named, rows, M, starts, initial, d_o, d_final):
     d_start = _states_back(M, C, _where(rows.continued, 0, d_final[:, 0]))[:, 0]
     d_state = _scan_back(problem.context_axis, rows, _total(M), d_start)
     d_ends = _states_back(M, C, _where(rows.continued, d_state, d_final[:, 0]))[:, 1:]
-    gradients, d_starts = _pull_back(
-        problem, named, pieces, d_o, starts, d_ends, prepared=prepared
-    )
+    gradients, d_starts = _pull_back(problem, named, pieces, d_o, starts, d_ends, prepared=prepared)
     return gradients, [(d_starts[:, :1], rows.first, rows.head, rows.count)]
 
 
@@ -496,8 +494,8 @@ def _pieces(problem, named):
 
 
 def _maps(problem, named, pieces, mask):
-    """(M [B, P, HV, K, K], B [B, P, HV, K, V]) of the segment that `mask` leaves of each piece (None:
-    of all of it), anything where it leaves none; and what was prepared of these tokens."""
+    """(M [B, P, HV, K, K], B [B, P, HV, K, V]) of the segment that `mask` leaves of each piece
+    (None: of all of it), anything where it leaves none; and what was prepared of these tokens."""
     problem = _local(problem, 1, return_final_state=False, has_initial_state=False)
     operands = _cut(problem.signature("state_maps")[0], named, pieces, mask)
     M, B, *prepared = _primitives.state_maps(problem, *operands)
@@ -505,8 +503,8 @@ def _maps(problem, named, pieces, mask):
 
 
 def _run(problem, named, pieces, states, prepared):
-    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]; from what `_maps` prepared
-    where that was of all tokens."""
+    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]; and from what `_maps`
+    prepared, where that was of all tokens."""
     problem = _local(problem, states.shape[1] // pieces)
     operands = _cut(problem.operand_names, named | {"initial_state": states}, pieces)
     if problem.has_segment_ids:
@@ -517,8 +515,8 @@ def _run(problem, named, pieces, states, prepared):
 
 
 def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None, prepared=None):
-    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves; from what
-    `_state_gradients` prepared of the same."""
+    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves; from
+    what `_state_gradients` prepared of the same."""
     problem = _local(problem, states.shape[1] // pieces)
     given = named | {"initial_state": states, "o": d_o, "final_state": d_ends}
     operands = _cut(problem.signature("backward")[0], given, pieces, mask)

@@ -111,8 +111,8 @@ def state_gradient(problem: Problem, *operands_and_cotangents):
 
 
 def prepared_forward(problem: Problem, *operands):
-    """`forward`, of operands behind which comes what `state_maps` prepared of the same tokens, with as
-    many segments. The kernels read no other q, k, g and beta.
+    """`forward`, of operands behind which comes what `state_maps` prepared of the same tokens, with
+    as many segments. The kernels read no other q, k, g and beta.
     """
     return _stage("prepared_forward", problem)(*operands)
 

@@ -35,8 +35,8 @@ AXES = {
     "chunk_states": ("B", "M", "HV", "K", "V"),  # M = T // 64
     "factor": ("B", "HV", "K", "J"),  # J = K: a segment takes its state S to factor S + offset
     "offset": ("B", "HV", "K", "V"),
-    # What the kernels make of the tokens of a row before they know the state that comes in: operands
-    # of X bytes a token, and decays of D chunks and segments in C channels.
+    # What the kernels make of a row before they know the state that comes in: operands of X bytes
+    # a token, and decays of D chunks and segments in C channels.
     "prepared": ("B", "HV", "T", "X"),
     "decays": ("B", "HV", "D", "C"),
 }

@@ -102,23 +102,35 @@ double corrected_value_error(const Launch& launch, int64_t offset, const Case& c
   return relative_rms(expected, [&](size_t i) { return double(got[i]); });
 }
 
-// state_gradient leaves the bits of the backward's d_initial_state, and nothing else.
+// state_gradient leaves the bits of the backward's d_initial_state and nothing else, and the backward
+// of what it has prepared those of the backward.
 bool check_state_gradient(Launch& launch, const Case& c, const Cotangents& d) {
   if (c.call.initial_state.empty()) return true;
   Launch alone(c, d);
   alone.poison(0xFF);
-  const auto before = alone.bits();
+  auto expected = alone.bits();
+  const ForwardShape& shape = alone.params.shape;
+  const Prepared prepared(shape);
+  Workspace small(prepared_forward_workspace_bytes(shape));
+  Workspace large(prepared_backward_workspace_bytes(shape));
+  for (Workspace* workspace : {&small, &large}) workspace->fill(0xFF), workspace->set_canary();
   BackwardParams call = alone.call;
-  call.dq = call.dk = call.dv = call.dg = call.d_beta = nullptr;
-  call.dA_log = call.d_dt_bias = nullptr;
-  const Status status = state_gradient(call, nullptr);
-  if (!status.ok()) std::printf("  %s\n", status.message.c_str());
+  prepared.give_to(call.forward);
+  call.forward.workspace = large.data();
+  BackwardParams initial = call;
+  initial.forward.workspace = small.data();
+  initial.dq = initial.dk = initial.dv = initial.dg = initial.d_beta = nullptr;
+  initial.dA_log = initial.d_dt_bias = nullptr;
+  bool ran = accepted(state_gradient(initial, nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
-  auto expected = before;
   expected.back() = launch.bits().back();
-  const bool same = status.ok() && alone.workspace.intact() && alone.bits() == expected;
+  const bool same = alone.bits() == expected;
   if (!same) std::printf("  state_gradient differs");
-  return same;
+  ran &= accepted(prepared_backward(call, nullptr));
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const bool handed = alone.bits() == launch.bits();
+  if (!handed) std::printf("  the prepared backward differs");
+  return ran && same && handed && small.intact() && large.intact();
 }
 
 bool check(const Case& c) {

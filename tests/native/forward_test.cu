@@ -83,6 +83,28 @@ Verdict judge_draw(const Case& c, uint64_t seed, bool promise) {
   return verdict;
 }
 
+// The forward of what state_maps has prepared leaves the bits of one that prepares for itself and
+// cuts no row, and reads no q, k, g and beta.
+bool check_prepared(const Case& c, const Prepared& prepared) {
+  Launch whole(c), handed(c);
+  whole.params.stage_order = StageOrder::kWholeRows;
+  const bool ran = whole.run(0xFF);
+  handed.poison(0xFF);
+  for (DeviceBuffer* unread : {&handed.q, &handed.k, &handed.g, &handed.beta}) unread->fill(0xFF);
+  Workspace workspace(prepared_forward_workspace_bytes(handed.params.shape));
+  workspace.fill(0xFF);
+  workspace.set_canary();
+  ForwardParams params = handed.params;
+  params.workspace = workspace.data();
+  prepared.give_to(params);
+  const auto before = prepared.bytes();
+  const bool accepted_it = accepted(prepared_forward(params, nullptr));
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const bool same = handed.bits() == whole.bits() && prepared.bytes() == before;
+  if (!same) std::printf("  the prepared forward differs");
+  return ran && accepted_it && workspace.intact() && same;
+}
+
 // state_maps: M S + B of the first segment of each row is its final state, from any state S.
 bool check_maps(Case c) {
   c.call.N = 1;
@@ -91,11 +113,13 @@ bool check_maps(Case c) {
   const ForwardShape& s = inputs.params.shape;
   const int64_t maps = s.B * s.HV, state = s.K * s.V;
   DeviceBuffer factor(maps * state * 4), offset(maps * state * 4);
-  Workspace workspace(forward_workspace_bytes(s));
+  const Prepared prepared(s);
+  Workspace workspace(prepared_forward_workspace_bytes(s));
   StateMapsParams params{inputs.params, static_cast<float*>(factor.data()),
                          static_cast<float*>(offset.data())};
   params.forward.initial_state = nullptr;
   params.forward.workspace = workspace.data();
+  prepared.give_to(params.forward);
   bool good = true;
   std::vector<uint32_t> bits[2];
   for (auto& of_run : bits) {
@@ -123,7 +147,7 @@ bool check_maps(Case c) {
   const bool accurate = error <= c.limit;  // false for NaN
   std::printf("%-44s M S + B %.2e  (limit %.3f)%s%s\n", c.name.c_str(), error, c.limit,
               accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
-  return good && accurate && repeats;
+  return good && accurate && repeats && check_prepared(c, prepared);
 }
 
 std::vector<Case> map_cases() {

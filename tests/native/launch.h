@@ -83,6 +83,27 @@ struct Workspace {
   DeviceBuffer buffer;
 };
 
+// What chunk_prepare leaves, apart from the workspace.
+struct Prepared {
+  explicit Prepared(const jax_flashkda::ForwardShape& s)
+      : operands(s.B * s.HV * s.T * jax_flashkda::kOperandBytes),
+        decays(s.B * s.HV * jax_flashkda::decay_slots(s) * s.K * 4) {
+    if (poisoned) operands.fill(0xFF), decays.fill(0xFF);
+  }
+  void give_to(jax_flashkda::ForwardParams& params) const {
+    params.prepared = operands.data();
+    params.decays = static_cast<float*>(decays.data());
+  }
+  std::vector<uint8_t> bytes() const {
+    auto all = operands.download<uint8_t>();
+    const auto more = decays.download<uint8_t>();
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  }
+
+  DeviceBuffer operands, decays;
+};
+
 // A result, in one of two types.
 struct Output {
   Output(const char* text, size_t elements, bool is_bf16)

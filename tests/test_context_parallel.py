@@ -524,7 +524,8 @@ def test_layer():
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_stages_of_a_shard_on_the_kernels(packed):
-    """The maps are those of the XLA path, the state's gradient is bitwise that of the backward."""
+    """The maps are those of the XLA path, the state's gradient is bitwise that of the backward, and
+    what was prepared gives bitwise what forward and backward give that prepare for themselves."""
     case = for_implementation(PACKED if packed else WHOLE, "cuda")
     arrays, (d_o, d_final) = case.arrays(), case.cotangents()
     for name in {"A_log", "dt_bias"} & arrays.keys():
@@ -546,7 +547,8 @@ def test_the_stages_of_a_shard_on_the_kernels(packed):
         )
         return jax.jit(stage)(*(arrays[name] for name in problem.operand_names))
 
-    for got, wanted in zip(maps("cuda"), maps("xla"), strict=True):
+    *on_kernels, prepared, decays = maps("cuda")
+    for got, wanted in zip(on_kernels, maps("xla")[:2], strict=True):
         got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
         error = np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
         assert error <= CAPS_16_BIT["final_state"], error
@@ -560,10 +562,23 @@ def test_the_stages_of_a_shard_on_the_kernels(packed):
     )
     given = arrays | states | {"o": d_o}
     operands = [given[name] for name in full.signature("backward")[0]]
-    (d_state,) = jax.jit(functools.partial(_primitives.state_gradient, full))(*operands)
-    gradients = jax.jit(functools.partial(_primitives.backward, full))(*operands)
+
+    def run(stage, *operands):
+        return jax.jit(functools.partial(getattr(_primitives, stage), full))(*operands)
+
+    def assert_equal(got, wanted):
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+    d_state, *of_backward = run("state_gradient", *operands)
+    gradients = run("backward", *operands)
     named = dict(zip(full.differentiable_names, gradients, strict=True))
-    np.testing.assert_array_equal(np.asarray(d_state), np.asarray(named["initial_state"]))
+    assert_equal([d_state], [named["initial_state"]])
+    assert_equal(run("prepared_backward", *operands, *of_backward), gradients)
+    if not packed:  # the maps' rows have one slot
+        operands = operands[: len(full.operand_names)]
+        results = run("prepared_forward", *operands, prepared, decays)
+        assert_equal(results, run("forward", *operands))
 
 
 @pytest.mark.gpu
@@ -579,8 +594,12 @@ def test_kernels_on_several_gpus(case):
         .compile()
     )
     text = compiled.as_text()
-    stages = ("forward", "backward", "state_maps", "state_gradient")
-    assert all(f"jax_flashkda.{stage}" in text for stage in stages)
+    walks = ("forward", "backward")
+    if case.segment_ids is None:
+        walks = ("prepared_forward", "prepared_backward")
+    assert all(
+        f"jax_flashkda.{stage}" in text for stage in (*walks, "state_maps", "state_gradient")
+    )
     got = compiled(case.arrays(), case.cotangents())
     check(case, got)
     again = compiled(case.arrays(), case.cotangents())

@@ -10,11 +10,11 @@ float32, whatever its length. So shards exchange their maps (M, B), not tokens:
 
 Segments are those of the whole row: equal ids on both sides of an edge are one segment. What a row
 needs of them are few numbers of each shard, which are exchanged first (`_Rows`). A shard lies
-*inside* of a segment that goes on on both sides; else its *tail*, the segment that goes on in the
-next shard, begins in it. Maps are those of the tail, and only inside is C a pass of its own: tokens
-that a pass leaves out are padding to it, which costs next to nothing. Without segment ids a shard
-is cut into pieces, rows of their own, whose maps are combined alike: few long rows of few heads
-would leave most of a device idle.
+*inside* of a segment that goes on on both sides; else it ends the segment that begins it. Maps are
+those of the segment that ends a shard, C is that of the segment that begins it, and what finds them
+walks no other. It prepares all tokens, for the op that follows. Without segment ids a shard is cut
+into pieces, rows of their own, whose maps are combined alike: few long rows of few heads would
+leave most of a device idle.
 
 All results of a shard are its own contributions: what all shards share (states and gate parameters)
 enters and leaves through `pcast` and `psum`, so the sums of their gradients are JAX's.
@@ -213,19 +213,6 @@ def _rows(problem, named) -> _Rows:
     )
 
 
-def _tail(problem, rows: _Rows, named):
-    """[B, T]: the tokens of the tail; None without segment ids, where it is all of them."""
-    if not problem.has_segment_ids:
-        return None
-    segment, _ = _segments.places(named["segment_ids"], problem.padding_segment_id)
-    last = segment == rows.count[:, None] - 1
-    return rows.continued[:, None] & last & ~_padding(problem, named)
-
-
-def _padding(problem, named):
-    return _segments.is_padding(named["segment_ids"], problem.padding_segment_id)
-
-
 def _slots(states, first, size):
     """states[:, first[b] + i] for i < size, zero where there is no such slot: [B, size, ..]."""
     index = first[:, None] + jnp.arange(size, dtype=first.dtype)
@@ -318,16 +305,13 @@ def _forward(problem, *operands):
     named = problem.named(operands)
     rows, initial = _rows(problem, named), _initial_state(problem, named)
     pieces = _pieces(problem, named)
-    (M, B), prepared = _maps(problem, named, pieces, _tail(problem, rows, named))
+    M, B, prepared = _maps(problem, named, pieces, _slot_count(problem))
     start = _slots(initial, rows.first + rows.count - 1, 1)[:, 0]
     # Behind the last piece, from where the tail begins: from no state if it came in.
     behind = _states(M, B, _where(rows.through, 0, start))[:, -1]
     incoming = _scan(problem.context_axis, rows, _total(M), behind)
     if problem.has_segment_ids:
-        wanted = problem.has_initial_state or problem.return_final_state
-        states = _slots(initial, rows.first, problem.max_segments if wanted else 1)
-        starts = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
-        saved = incoming[:, None]
+        starts, saved = _packed_starts(problem, rows, initial, incoming), incoming[:, None]
     else:
         starts = saved = _states(M, B, _where(rows.head, incoming, initial[:, 0]))[:, :-1]
     o, ends = _run(problem, named, pieces, starts, prepared)
@@ -356,44 +340,42 @@ def _backward(problem, *operands):
 def _backward_of_rows(problem, named, rows, M, starts, initial, d_o, d_final):
     """Of rows that are one segment each: gradients by name, and those of slots for `_spread`."""
     pieces = M.shape[1]
-    C, prepared = _state_gradients(problem, named, pieces, d_o)
+    C, prepared = _state_gradients(problem, named, pieces, d_o, jnp.zeros_like(starts))
     d_start = _states_back(M, C, _where(rows.continued, 0, d_final[:, 0]))[:, 0]
     d_state = _scan_back(problem.context_axis, rows, _total(M), d_start)
     d_ends = _states_back(M, C, _where(rows.continued, d_state, d_final[:, 0]))[:, 1:]
-    gradients, d_starts = _pull_back(problem, named, pieces, d_o, starts, d_ends, prepared=prepared)
+    gradients, d_starts = _pull_back(problem, named, pieces, d_o, starts, d_ends, prepared)
     return gradients, [(d_starts[:, :1], rows.first, rows.head, rows.count)]
 
 
 def _backward_of_segments(problem, named, rows, M, starts, initial, d_o, d_final):
     """Of packed rows."""
-    tail = _tail(problem, rows, named)
-    incoming, inside = starts[:, 0], rows.own(rows.inside)
-
-    # All that ends here. The first segment's initial state is the one that comes in.
-    states = _slots(initial, rows.first, problem.max_segments)
-    states = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
-    d_ends = _slots(d_final, rows.first, problem.max_segments)
-    rest = ~tail & ~_padding(problem, named)
-    d_rest, d_starts = _pull_back(problem, named, 1, d_o, states, d_ends, rest)
-
-    C, _ = _state_gradients(problem, named, 1, d_o, tail & inside[:, None])
-    C = _where(inside, C, d_starts[:, :1])
+    starts = _packed_starts(problem, rows, initial, starts[:, 0])
+    d_ends = _slots(d_final, rows.first, starts.shape[1])
+    last = jnp.minimum(rows.count, starts.shape[1]) - 1  # the slot of the segment that goes on
+    goes_on = rows.continued[:, None] & (jnp.arange(starts.shape[1]) == last[:, None])
+    goes_on = goes_on.reshape(*goes_on.shape, *[1] * (d_ends.ndim - 2))
+    C, prepared = _state_gradients(problem, named, 1, d_o, jnp.where(goes_on, 0, d_ends))
     d_state = _scan_back(problem.context_axis, rows, M[:, 0], C[:, 0])
-
-    last = rows.first + rows.count - 1
-    start = _where(rows.through, incoming[:, None], _slots(initial, last, 1))
-    d_tail, d_start = _pull_back(problem, named, 1, d_o, start, d_state[:, None], tail)
-
-    ended, head = rows.count - rows.continued, rows.head.astype(jnp.int32)
-    began = (rows.continued & ~rows.through).astype(jnp.int32)
-    d_slots = [(d_starts, rows.first, head, ended), (d_start, last, 0, began)]
-    return {name: _merge(name, tail, d_tail[name], x) for name, x in d_rest.items()}, d_slots
+    d_ends = jnp.where(goes_on, d_state[:, None], d_ends)
+    gradients, d_starts = _pull_back(problem, named, 1, d_o, starts, d_ends, prepared)
+    return gradients, [(d_starts, rows.first, rows.head, rows.count)]
 
 
-def _merge(name, tail, of_tail, of_rest):
-    if name in ("A_log", "dt_bias"):
-        return of_tail + of_rest
-    return jnp.where(tail.reshape(*tail.shape, *[1] * (of_rest.ndim - 2)), of_tail, of_rest)
+def _packed_starts(problem, rows, initial, incoming):
+    """What the segments of a shard start from, [B, slots, ..]."""
+    states = _slots(initial, rows.first, _slot_count(problem))
+    return states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
+
+
+def _slot_count(problem):
+    """Of a shard's rows, or of pieces. Packed rows have one more than states are wanted of, for the
+    segment that goes on in the next shard."""
+    if not problem.has_segment_ids:
+        return 1
+    return 1 + (
+        problem.max_segments if problem.has_initial_state or problem.return_final_state else 1
+    )
 
 
 def _initial_state(problem, named):
@@ -493,37 +475,35 @@ def _pieces(problem, named):
     return next((p for p in range(most, 1, -1) if fits(p)), 1)
 
 
-def _maps(problem, named, pieces, mask):
-    """(M [B, P, HV, K, K], B [B, P, HV, K, V]) of the segment that `mask` leaves of each piece
-    (None: of all of it), anything where it leaves none; and what was prepared of these tokens."""
-    problem = _local(problem, 1, return_final_state=False, has_initial_state=False)
-    operands = _cut(problem.signature("state_maps")[0], named, pieces, mask)
+def _maps(problem, named, pieces, slots):
+    """M [B, P, HV, K, K] and B [B, P, HV, K, V] of the segment that ends each piece, anything where
+    none does; and what was prepared of the tokens."""
+    problem = _local(problem, slots, return_final_state=False, has_initial_state=False)
+    operands = _cut(problem.signature("state_maps")[0], named, pieces)
     M, B, *prepared = _primitives.state_maps(problem, *operands)
-    return tuple(x.reshape(-1, pieces, *x.shape[1:]) for x in (M, B)), prepared
+    return *(x.reshape(-1, pieces, *x.shape[1:]) for x in (M, B)), prepared
 
 
 def _run(problem, named, pieces, states, prepared):
-    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]; and from what `_maps`
-    prepared, where that was of all tokens."""
+    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]."""
     problem = _local(problem, states.shape[1] // pieces)
     operands = _cut(problem.operand_names, named | {"initial_state": states}, pieces)
-    if problem.has_segment_ids:
-        o, ends = _primitives.forward(problem, *operands)
-    else:
-        o, ends = _primitives.prepared_forward(problem, *operands, *prepared)
+    o, ends = _primitives.prepared_forward(problem, *operands, *prepared)
     return o.reshape(named["v"].shape), ends.reshape(states.shape)
 
 
-def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None, prepared=None):
-    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves; from
-    what `_state_gradients` prepared of the same."""
-    problem = _local(problem, states.shape[1] // pieces)
-    given = named | {"initial_state": states, "o": d_o, "final_state": d_ends}
-    operands = _cut(problem.signature("backward")[0], given, pieces, mask)
-    if prepared is None:
-        results = _primitives.backward(problem, *operands)
-    else:
-        results = _primitives.prepared_backward(problem, *operands, *prepared)
+def _state_gradients(problem, named, pieces, d_o, d_ends):
+    """The gradients of the states that segments start from, as `d_ends` [B, N, ..] or, of pieces,
+    [B, P, ..]: of those that begin a shard, anything else of others. And what was prepared."""
+    problem, operands = _of_backward("state_gradient", problem, named, pieces, d_o, d_ends, d_ends)
+    C, *prepared = _primitives.state_gradient(problem, *operands)
+    return C.reshape(d_ends.shape), prepared
+
+
+def _pull_back(problem, named, pieces, d_o, states, d_ends, prepared):
+    """The gradients of `_run` by name and of its states."""
+    problem, operands = _of_backward("backward", problem, named, pieces, d_o, states, d_ends)
+    results = _primitives.prepared_backward(problem, *operands, *prepared)
     gradients = dict(zip(problem.differentiable_names, results, strict=True))
     d_states = gradients.pop("initial_state").reshape(states.shape)
     for name, x in gradients.items():
@@ -534,15 +514,11 @@ def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None, prepared=
     return gradients, d_states
 
 
-def _state_gradients(problem, named, pieces, d_o, mask=None):
-    """C [B, P, HV, K, V]: the gradients of the states that pieces start from, none from behind;
-    for the tokens that `mask` leaves, and what was prepared of them."""
-    zeros = _no_states(named, pieces)
-    problem = _local(problem, 1)
-    given = named | {"initial_state": zeros, "o": d_o, "final_state": zeros}
-    operands = _cut(problem.signature("state_gradient")[0], given, pieces, mask)
-    C, *prepared = _primitives.state_gradient(problem, *operands)
-    return C.reshape(zeros.shape), prepared
+def _of_backward(stage, problem, named, pieces, d_o, states, d_ends):
+    """The problem of the shard and the operands of a stage backwards."""
+    problem = _local(problem, states.shape[1] // pieces)
+    given = named | {"initial_state": states, "o": d_o, "final_state": d_ends}
+    return problem, _cut(problem.signature(stage)[0], given, pieces)
 
 
 def _local(problem, max_segments, **changes):
@@ -553,10 +529,8 @@ def _local(problem, max_segments, **changes):
     )
 
 
-def _cut(names, named, pieces, mask=None):
-    """Operands in the order of `names`, each row cut into pieces, and all but `mask` padding."""
-    if mask is not None:  # negative ids are padding whatever else is
-        named = named | {"segment_ids": jnp.where(mask, named["segment_ids"], -1)}
+def _cut(names, named, pieces):
+    """Operands in the order of `names`, each row cut into pieces."""
 
     def cut(name, x):
         if name in ("A_log", "dt_bias"):

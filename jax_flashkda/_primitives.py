@@ -49,7 +49,7 @@ def _preparing(stage):
 
 
 def _prepared(stage):
-    return lambda problem, *operands: stage(problem, *operands[: -len(PREPARED)])
+    return lambda problem, *operands: stage(problem, *operands[: -len(PREPARED)], tail_slot=True)
 
 
 # What each stage is on XLA. The backwards recompute from the raw inputs.
@@ -96,29 +96,31 @@ def backward(problem: Problem | ShortConvProblem, *operands_and_cotangents):
 
 
 def state_maps(problem: Problem, *operands):
-    """(M, B, *prepared) of the first segment of each row, from the operands of `forward` without
-    states: it takes an initial state S to the final state M S + B. Undefined for a row without a
-    segment. `prepared` is what `prepared_forward` takes.
+    """(M, B, *prepared) of the segment that ends each row, from the operands of `forward` without
+    states: it takes an initial state S to the final state M S + B. Undefined for a row that ends in
+    padding. `prepared` is what `prepared_forward` takes.
     """
     return _stage("state_maps", problem)(*operands)
 
 
 def state_gradient(problem: Problem, *operands_and_cotangents):
-    """(d_initial_state, *prepared): of `backward` no more than this, and what `prepared_backward`
-    takes.
+    """(d_initial_state, *prepared): of `backward` no more than this, of the segments that begin
+    rows, undefined for others; and what `prepared_backward` takes. With segment ids there are two
+    slots at least.
     """
     return _stage("state_gradient", problem)(*operands_and_cotangents)
 
 
 def prepared_forward(problem: Problem, *operands):
     """`forward`, of operands behind which comes what `state_maps` prepared of the same tokens, with
-    as many segments. The kernels read no other q, k, g and beta.
+    as many slots. The kernels read no other q, k, g and beta. The last slot is that of the segment
+    which ends its row, whatever its ordinal.
     """
     return _stage("prepared_forward", problem)(*operands)
 
 
 def prepared_backward(problem: Problem, *operands_and_cotangents):
-    """`backward`, likewise behind `state_gradient`."""
+    """`backward`, likewise, behind `state_gradient`."""
     return _stage("prepared_backward", problem)(*operands_and_cotangents)
 
 

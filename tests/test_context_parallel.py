@@ -17,7 +17,7 @@ from oracle import CAP_FP32, CAPS_16_BIT, GRADIENTS, check
 from test_transforms import count
 
 from jax_flashkda import _context, _primitives, kimi_delta_attention, short_conv
-from jax_flashkda._problem import Problem
+from jax_flashkda._problem import PREPARED, Problem
 
 SHARDS, SHARD = 4, 70  # more than a chunk, and no multiple of one
 T = SHARDS * SHARD
@@ -369,10 +369,13 @@ def test_one_shard_is_the_plain_op():
     assert found == dict(forward=1, backward=1)
 
 
-def test_a_shard_is_prepared_once():
-    """In either direction, where a row is one segment: what finds the maps hands it on."""
-    found = calls(shard_mapped(WHOLE, mesh_of(AUTO, shape=(4,))), WHOLE)
-    assert found == dict(state_maps=1, prepared_forward=1, state_gradient=1, prepared_backward=1)
+ONCE = dict(state_maps=1, prepared_forward=1, state_gradient=1, prepared_backward=1)
+
+
+@pytest.mark.parametrize("case", [PACKED, WHOLE], ids=["packed", "whole"])
+def test_a_shard_is_prepared_once(case):
+    """In either direction: what finds the maps hands it on."""
+    assert calls(shard_mapped(case, mesh_of(AUTO, shape=(4,))), case) == ONCE
 
 
 def test_named_residuals():
@@ -390,10 +393,9 @@ def test_named_residuals():
         return calls(mapped, PACKED)
 
     policies = jax.checkpoint_policies
-    once = dict(forward=1, state_maps=1, backward=2, state_gradient=1)
-    assert calls_with(None) == once
-    assert calls_with(policies.save_only_these_names("kda")) == once
-    assert calls_with(policies.nothing_saveable) == once | dict(state_maps=2)
+    assert calls_with(None) == ONCE
+    assert calls_with(policies.save_only_these_names("kda")) == ONCE
+    assert calls_with(policies.nothing_saveable) == ONCE | dict(state_maps=2)
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -518,67 +520,119 @@ def test_layer():
     assert not tokens
 
 
-# ------------------------------------------------------------------------------------------- GPUs
+# ------------------------------------------------------------------------- the stages of a shard
+
+
+def shard_case(packed, implementation):
+    """Whole rows, or packed ones with a slot for each segment and one more."""
+    if not packed:
+        return for_implementation(WHOLE, implementation)
+    slots = 1 + max(len(runs(ids)) for ids in PACKED.segment_ids)
+    return for_implementation(dataclasses.replace(PACKED, max_segments=slots), implementation)
+
+
+def shard_call(case, implementation):
+    """The problem of a stage, and its operands by name."""
+    arrays, (d_o, d_final) = case.arrays(), case.cotangents()
+    for name in {"A_log", "dt_bias"} & arrays.keys():
+        arrays[name] = jnp.broadcast_to(arrays[name], (case.B, *arrays[name].shape))
+    arrays |= dict(o=d_o, final_state=d_final)
+    if case.segment_ids is None:
+        for name in ("initial_state", "final_state"):
+            arrays[name] = arrays[name][:, None]
+    has = ("A_log", "dt_bias", "segment_ids", "initial_state")
+    problem = Problem(
+        gate=case.gate, beta_is_logits=case.beta_is_logits, qk_l2norm=case.qk_l2norm,
+        scale=case.K**-0.5, implementation=implementation, return_final_state=True,
+        max_segments=arrays["initial_state"].shape[1],
+        **{f"has_{name}": name in arrays for name in has},
+    )  # fmt: skip
+    return problem, arrays
+
+
+def run_stage(stage, problem, arrays):
+    """Results by name."""
+    operand_names, result_names = problem.signature(stage)
+    call = jit(functools.partial(getattr(_primitives, stage), problem))
+    return dict(zip(result_names, call(*(arrays[x] for x in operand_names)), strict=True))
+
+
+def run_maps(problem, arrays):
+    changes = dict(return_final_state=False, has_initial_state=False)
+    return run_stage("state_maps", dataclasses.replace(problem, **changes), arrays)
+
+
+def assert_equal(got, wanted, select=lambda x: x):
+    assert got.keys() == wanted.keys()
+    for name, x in got.items():
+        np.testing.assert_array_equal(select(np.asarray(x)), select(np.asarray(wanted[name])), name)
+
+
+KERNELS = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_stages_of_a_shard_on_the_kernels(packed):
-    """The maps are those of the XLA path, the state's gradient is bitwise that of the backward, and
-    what was prepared gives bitwise what forward and backward give that prepare for themselves."""
-    case = for_implementation(PACKED if packed else WHOLE, "cuda")
-    arrays, (d_o, d_final) = case.arrays(), case.cotangents()
-    for name in {"A_log", "dt_bias"} & arrays.keys():
-        arrays[name] = jnp.broadcast_to(arrays[name], (case.B, *arrays[name].shape))
-    states = {"initial_state": arrays.pop("initial_state"), "final_state": d_final}
-    if not packed:
-        states = {name: x[:, None] for name, x in states.items()}
-    problem = Problem(
-        gate=case.gate,
-        beta_is_logits=case.beta_is_logits,
-        qk_l2norm=case.qk_l2norm,
-        scale=case.K**-0.5,
-        **{f"has_{name}": name in arrays for name in ("A_log", "dt_bias", "segment_ids")},
-    )
+def test_maps_of_the_kernels(packed):
+    """Of the rows that a segment ends, those of the XLA path."""
+    problem, arrays = shard_call(shard_case(packed, "cuda"), "cuda")
+    ends = np.asarray(arrays["segment_ids"])[:, -1] > 0 if packed else slice(None)
+    got = run_maps(problem, arrays)
+    wanted = run_maps(dataclasses.replace(problem, implementation="xla"), arrays)
+    for name in ("factor", "offset"):
+        x, y = (np.asarray(maps[name], np.float64)[ends] for maps in (got, wanted))
+        error = np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
+        assert error <= CAPS_16_BIT["final_state"], (name, error)
 
-    def maps(implementation):
-        stage = functools.partial(
-            _primitives.state_maps, dataclasses.replace(problem, implementation=implementation)
-        )
-        return jax.jit(stage)(*(arrays[name] for name in problem.operand_names))
 
-    *on_kernels, prepared, decays = maps("cuda")
-    for got, wanted in zip(on_kernels, maps("xla")[:2], strict=True):
-        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-        error = np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
-        assert error <= CAPS_16_BIT["final_state"], error
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_prepared_stages(packed, implementation):
+    """Bitwise what forward and backward give that prepare for themselves."""
+    problem, arrays = shard_call(shard_case(packed, implementation), implementation)
+    prepared = {name: x for name, x in run_maps(problem, arrays).items() if name in PREPARED}
+    got = run_stage("prepared_forward", problem, arrays | prepared)
+    assert_equal(got, run_stage("forward", problem, arrays))
+    initial = run_stage("state_gradient", problem, arrays)
+    prepared = {name: initial.pop(name) for name in PREPARED}
+    wanted = run_stage("backward", problem, arrays)
+    assert_equal(run_stage("prepared_backward", problem, arrays | prepared), wanted)
+    begins = np.asarray(arrays["segment_ids"])[:, 0] > 0 if packed else slice(None)
+    wanted = {"initial_state": wanted["initial_state"]}
+    assert_equal(initial, wanted, lambda x: x[begins, 0])
 
-    full = dataclasses.replace(
-        problem,
-        max_segments=case.N,
-        return_final_state=True,
-        has_initial_state=True,
-        implementation="cuda",
-    )
-    given = arrays | states | {"o": d_o}
-    operands = [given[name] for name in full.signature("backward")[0]]
 
-    def run(stage, *operands):
-        return jax.jit(functools.partial(getattr(_primitives, stage), full))(*operands)
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+def test_the_last_slot_is_of_the_segment_that_ends_a_row(implementation):
+    """With two slots in place of one for each segment: those of the first and of that one."""
+    problem, wide = shard_call(shard_case(True, implementation), implementation)
+    counts = [len(runs(ids)) for ids in PACKED.segment_ids]
+    ends = np.asarray(wide["segment_ids"])[:, -1] > 0
+    last = np.maximum(np.array(counts), 1) - 1
+    kept = np.arange(problem.max_segments) == 0
+    kept = kept | (ends[:, None] & (np.arange(problem.max_segments) == last[:, None]))
+    # A segment that begins behind the first one starts from nothing.
+    wide["initial_state"] = wide["initial_state"].at[:, 1:].set(0)
+    wide["final_state"] *= jnp.asarray(kept).reshape(*kept.shape, 1, 1, 1)
+    second = jnp.asarray(np.where(ends & (last > 0), last, problem.max_segments - 1))
+    narrowed = lambda x: jnp.stack([x[:, 0], x[jnp.arange(len(second)), second]], axis=1)
+    narrow = wide | {name: narrowed(wide[name]) for name in ("initial_state", "final_state")}
+    two = dataclasses.replace(problem, max_segments=2)
+    prepared = {name: x for name, x in run_maps(two, narrow).items() if name in PREPARED}
+    got = run_stage("prepared_forward", two, narrow | prepared)
+    wanted = run_stage("forward", problem, wide)
+    wanted["final_state"] = narrowed(wanted["final_state"])
+    rows = ends & (last > 0)  # elsewhere nobody has the second slot
+    assert_equal(got, wanted, lambda x: x[rows])
+    prepared = run_stage("state_gradient", two, narrow)
+    got = run_stage("prepared_backward", two, narrow | {x: prepared[x] for x in PREPARED})
+    wanted = run_stage("backward", problem, wide)
+    for gradients in (got, wanted):  # of the second slot nobody asks for a gradient of a zero
+        gradients["initial_state"] = gradients["initial_state"][:, 0]
+    assert_equal(got, wanted)
 
-    def assert_equal(got, wanted):
-        for x, y in zip(got, wanted, strict=True):
-            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
-    d_state, *of_backward = run("state_gradient", *operands)
-    gradients = run("backward", *operands)
-    named = dict(zip(full.differentiable_names, gradients, strict=True))
-    assert_equal([d_state], [named["initial_state"]])
-    assert_equal(run("prepared_backward", *operands, *of_backward), gradients)
-    if not packed:  # the maps' rows have one slot
-        operands = operands[: len(full.operand_names)]
-        results = run("prepared_forward", *operands, prepared, decays)
-        assert_equal(results, run("forward", *operands))
+# ------------------------------------------------------------------------------------------- GPUs
 
 
 @pytest.mark.gpu
@@ -594,12 +648,7 @@ def test_kernels_on_several_gpus(case):
         .compile()
     )
     text = compiled.as_text()
-    walks = ("forward", "backward")
-    if case.segment_ids is None:
-        walks = ("prepared_forward", "prepared_backward")
-    assert all(
-        f"jax_flashkda.{stage}" in text for stage in (*walks, "state_maps", "state_gradient")
-    )
+    assert all(f"jax_flashkda.{stage}" in text for stage in ONCE)
     got = compiled(case.arrays(), case.cotangents())
     check(case, got)
     again = compiled(case.arrays(), case.cotangents())

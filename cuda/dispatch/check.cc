@@ -264,7 +264,6 @@ Status check_state_maps(const StateMapsParams& params) {
   const ForwardShape& s = params.forward.shape;
   check_inputs(params.forward, problems);
   check_prepared_pointers(params.forward, problems);
-  if (s.N != 1) problems.add("N is ", s.N, ", must be 1: a row has maps for one segment");
   check_pointer("factor", params.factor, s.B > 0, 16, problems);
   check_pointer("offset", params.offset, s.B > 0, 16, problems);
   return problems.status("jax_flashkda.state_maps");

@@ -49,6 +49,21 @@ BackwardParams for_backward(const BackwardParams& given) {
   return params;
 }
 
+// Of a shard of longer rows, which a segment may go on behind.
+ForwardParams for_shard(const ForwardParams& given) {
+  ForwardParams params = given;
+  params.workspace = aligned_workspace(given.workspace);
+  params.nonzero_beta = false;
+  params.shape.tail_slot = params.shape.has_segment_ids;
+  return params;
+}
+
+BackwardParams for_backward_of_shard(const BackwardParams& given) {
+  BackwardParams params = for_backward(given);
+  params.forward.shape.tail_slot = params.forward.shape.has_segment_ids;
+  return params;
+}
+
 // The workspace, with offsets that lead to the operands and decays that lie apart from it.
 ForwardWorkspace place_prepared(const ForwardParams& params, ForwardWorkspace workspace) {
   const auto offset = [&](const void* place) {
@@ -120,8 +135,7 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
 
 Status prepared_forward(const ForwardParams& given, CUstream_st* stream) {
   if (Status status = check_prepared_forward(given); !status.ok()) return status;
-  ForwardParams params = given;
-  params.workspace = aligned_workspace(given.workspace);
+  const ForwardParams params = for_shard(given);
   const ForwardWorkspace workspace = place_prepared(params, prepared_workspace(params.shape));
   if (has_tokens(params.shape)) {
     if (Status status = find_segments(params, workspace, stream); !status.ok()) return status;
@@ -146,7 +160,7 @@ Status backward(const BackwardParams& given, CUstream_st* stream) {
 
 Status prepared_backward(const BackwardParams& given, CUstream_st* stream) {
   if (Status status = check_prepared_backward(given); !status.ok()) return status;
-  const BackwardParams params = for_backward(given);
+  const BackwardParams params = for_backward_of_shard(given);
   BackwardWorkspace workspace = backward_workspace(params.forward.shape, /*prepared_apart=*/true);
   workspace.forward = place_prepared(params.forward, workspace.forward);
   if (has_tokens(params.forward.shape)) {
@@ -158,7 +172,7 @@ Status prepared_backward(const BackwardParams& given, CUstream_st* stream) {
 
 Status state_gradient(const BackwardParams& given, CUstream_st* stream) {
   if (Status status = check_state_gradient(given); !status.ok()) return status;
-  const BackwardParams params = for_backward(given);
+  const BackwardParams params = for_backward_of_shard(given);
   BackwardWorkspace workspace{};
   workspace.forward = place_prepared(params.forward, prepared_workspace(params.forward.shape));
   if (has_tokens(params.forward.shape)) {
@@ -173,8 +187,7 @@ Status state_gradient(const BackwardParams& given, CUstream_st* stream) {
 Status state_maps(const StateMapsParams& given, CUstream_st* stream) {
   if (Status status = check_state_maps(given); !status.ok()) return status;
   StateMapsParams params = given;
-  params.forward.workspace = aligned_workspace(given.forward.workspace);
-  params.forward.nonzero_beta = false;
+  params.forward = for_shard(given.forward);
   const ForwardShape& shape = params.forward.shape;
   const ForwardWorkspace workspace = place_prepared(params.forward, prepared_workspace(shape));
   if (!has_tokens(shape)) return {};

@@ -59,7 +59,7 @@ Status check_short_conv_step(const ShortConvStepParams& params);
 Status check_prepared_forward(const ForwardParams& params);
 Status check_prepared_backward(const BackwardParams& params);
 Status check_state_maps(const StateMapsParams& params);
-Status check_state_gradient(const BackwardParams& params);  // d_initial_state alone is written
+Status check_state_gradient(const BackwardParams& params);
 
 // Bytes of ForwardParams::workspace for either, zero for shapes that the checks refuse.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
@@ -83,8 +83,9 @@ Status convolve(const ShortConvParams& params, CUstream_st* stream);
 Status convolve_backward(const ShortConvBackwardParams& params, CUstream_st* stream);
 Status convolve_step(const ShortConvStepParams& params, CUstream_st* stream);
 // Of a shard of longer rows, before what comes in is known. What they prepare is an operand of the
-// same tokens' forward or backward once it is.
+// same tokens' forward or backward once it is. With segment_ids all four have ForwardShape::tail_slot.
 Status state_maps(const StateMapsParams& params, CUstream_st* stream);
+// d_initial_state of the segments that begin their rows; of others nothing, or anything.
 Status state_gradient(const BackwardParams& params, CUstream_st* stream);
 Status prepared_forward(const ForwardParams& params, CUstream_st* stream);    // of state_maps
 Status prepared_backward(const BackwardParams& params, CUstream_st* stream);  // of state_gradient

@@ -26,6 +26,9 @@ struct ForwardShape {
   int64_t V;   // value dim
   int64_t N;   // state slots of a row (1 without segment_ids)
   bool has_segment_ids;
+  // Of packed shards of longer rows: the last slot is that of the segment that ends its row, whatever
+  // its number; the slots before it are those of the first N - 1 others.
+  bool tail_slot = false;
 };
 
 // When the state stage runs. The results are the same bits.
@@ -94,12 +97,12 @@ struct BackwardParams {
   float* d_initial_state;  // [B, N, HV, K, V]  null where the call has no initial_state
 };
 
-// How the first segment of each row moves its state: S -> M S + B. Of a shard of longer rows, what
+// How the segment that ends each row moves its state: S -> M S + B. Of a shard of longer rows, what
 // the others have to know of it.
 struct StateMapsParams {
-  ForwardParams forward;  // N = 1; initial_state, o and final_state null; prepared and decays not
+  ForwardParams forward;  // initial_state, o and final_state null; prepared and decays not
 
-  float* factor;  // M [B, HV, K, K]  not written for a row without a segment
+  float* factor;  // M [B, HV, K, K]  not written for a row that ends in padding
   float* offset;  // B [B, HV, K, V]  likewise
 };
 

@@ -43,6 +43,8 @@ template <int kValueTiles_, uint32_t kTileSet, int kStages_, bool kReverse_,
 struct Config {
   static constexpr int kValueTiles = kValueTiles_;
   static constexpr bool kReverse = kReverse_;
+  // Of packed rows, walk the segment that begins or ends each of them and no other.
+  static constexpr bool kOnlyRowStarts = false, kOnlyRowEnds = false;
   static constexpr int kHeadDim = 128;                      // K and V
   static constexpr int kColumns = 64;                       // of V, of one warpgroup
   static constexpr int kStages = kStages_;                  // as many as fit
@@ -139,6 +141,10 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
         0};
     const Segment segment =
         segment_from_entry(p.shape, p.shape.has_segment_ids ? entries[index] : cut);
+    if (Config::kOnlyRowStarts && segment.start > 0) continue;
+    if (Config::kOnlyRowEnds && p.shape.has_segment_ids &&
+        segment.start + segment.length < p.shape.T)
+      continue;
     ChunkHeader header;
     header.state =
         segment.slot < 0 ? -1 : (segment.row * p.shape.N + segment.slot) * p.shape.HV + head;

@@ -24,11 +24,13 @@ using ForwardConfig =
            /*kStages=*/3, /*kReverse=*/false>;
 template <int kValueTiles>
 using BackwardConfig = Config<kValueTiles, state_scan::kAllTiles, /*kStages=*/2, /*kReverse=*/true>;
-// Backwards for d_initial_state alone: nothing of a chunk is kept, and a third stage fits.
+// Backwards for d_initial_state of the segments that begin rows alone: nothing of a chunk is kept, and
+// a third stage fits.
 template <int kValueTiles>
 struct InitialConfig : state_scan::Config<kValueTiles, state_scan::kAllTiles, /*kStages=*/3,
                                           /*kReverse=*/true, /*kRowStages=*/2> {
   static constexpr bool kKeepsChunks = false;
+  static constexpr bool kOnlyRowStarts = true;
 };
 
 }  // namespace jax_flashkda::chunk_state_gradient

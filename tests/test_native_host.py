@@ -711,9 +711,6 @@ def test_a_valid_call_works_after_a_refused_one(stage):
 
 
 def test_handlers_of_a_shard_refuse_states_that_they_do_not_have():
-    attributes = dict(max_segments=np.int64(2))
-    results = MAPS | prepared(2)
-    assert "N is 2, must be 1" in refusal(results=results, stage="state_maps", **attributes)
     state = {"initial_state": ((B, 1, HV, K, V), "float32")}
     operands = {name: (STATE_MAPS | state)[name] for name in OPERANDS}
     message = refusal(operands, stage="state_maps", has_initial_state=np.bool_(True))

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "judged_draws.h"
+#include "backward_oracle.h"
 #include "launch.h"
 
 namespace {
@@ -105,9 +106,10 @@ bool check_prepared(const Case& c, const Prepared& prepared) {
   return ran && accepted_it && workspace.intact() && same;
 }
 
-// state_maps: M S + B of the first segment of each row is its final state, from any state S.
+// state_maps: M S + B of the segment that ends a row is its final state, from any state S. Slots for
+// all segments and one more.
 bool check_maps(Case c) {
-  c.call.N = 1;
+  c.call.N = c.call.has_segment_ids ? 1 + oracle::most_segments(c.call) : 1;
   add_initial_state(c);
   Inputs inputs(c);
   const ForwardShape& s = inputs.params.shape;
@@ -135,15 +137,25 @@ bool check_maps(Case c) {
   }
   const bool repeats = bits[0] == bits[1];
   const auto M = factor.download<float>(), B = offset.download<float>();
-  std::vector<double> behind(B.begin(), B.end());
-  for (int64_t i = 0; i < maps; ++i)
-    for (int64_t row = 0; row < s.K; ++row)
-      for (int64_t j = 0; j < s.K; ++j)
-        for (int64_t v = 0; v < s.V; ++v)
-          behind[i * state + row * s.V + v] +=
-              double(M[i * state + row * s.K + j]) * c.call.initial_state[i * state + j * s.V + v];
-  const double error =
-      relative_rms(oracle::forward(c.call).final_state, [&](size_t i) { return behind[i]; });
+  const auto final_state = oracle::forward(c.call).final_state;
+  std::vector<double> behind, expected;
+  for (int64_t b = 0; b < s.B; ++b) {
+    const auto segments = oracle::runs(c.call, b);
+    if (segments.empty() || segments.back().start + segments.back().length < s.T) continue;
+    for (int64_t h = 0; h < s.HV; ++h) {
+      const int64_t map = (b * s.HV + h) * state;
+      const int64_t slot = ((b * s.N + segments.back().slot) * s.HV + h) * state;
+      for (int64_t row = 0; row < s.K; ++row)
+        for (int64_t v = 0; v < s.V; ++v) {
+          double x = B[map + row * s.V + v];
+          for (int64_t j = 0; j < s.K; ++j)
+            x += double(M[map + row * s.K + j]) * c.call.initial_state[slot + j * s.V + v];
+          behind.push_back(x);
+          expected.push_back(final_state[slot + row * s.V + v]);
+        }
+    }
+  }
+  const double error = relative_rms(expected, [&](size_t i) { return behind[i]; });
   const bool accurate = error <= c.limit;  // false for NaN
   std::printf("%-44s M S + B %.2e  (limit %.3f)%s%s\n", c.name.c_str(), error, c.limit,
               accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
@@ -160,7 +172,7 @@ std::vector<Case> map_cases() {
   list.push_back(
       make_case("maps, no decay", shape(1, 130, 1, 1), {Regime::kRandom, Regime::kNone}));
   list.push_back(make_case("maps, more than one a CTA", raw_shape(G::kSoftplus, 2, 280, 80, 80)));
-  // Padding before the segment and behind it; and segments behind it, which have no maps.
+  // A row that ends in padding, which has no maps, and segments before the one that ends a row.
   list.push_back(packed_case("maps, packed", 2, 2, 1,
                              ids_from_lengths({{0, 7}, {3, 150}, {-1, 43}, {5, 70}, {6, 130}})));
   return list;

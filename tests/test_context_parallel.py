@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -180,16 +181,19 @@ def communicated(compiled):
 
 
 @functools.cache
-def packed_program():
+def packed_program(pieces=1):
     """Rows over x, T over t, compiled once."""
     mapped = shard_mapped(PACKED, mesh_of(AUTO, AUTO), batch="x")
-    return jit(mapped).lower(PACKED.arrays(), PACKED.cotangents()).compile()
+    with mock.patch.object(_context, "_pieces", lambda named: pieces):
+        return jit(mapped).lower(PACKED.arrays(), PACKED.cotangents()).compile()
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("rows", ROWS)
-def test_segments_across_edges(rows):
+def test_segments_across_edges(rows, pieces):
+    """Of shards, and of the pieces that a shard is cut into."""
     case = dataclasses.replace(PACKED, segment_ids=ROWS[rows], seed=len(rows))
-    got = packed_program()(case.arrays(), case.cotangents())
+    got = packed_program(pieces)(case.arrays(), case.cotangents())
     if rows == "padding":
         arrays, (_, d_final) = case.arrays(), case.cotangents()
         np.testing.assert_array_equal(got.pop("final_state"), arrays["initial_state"])
@@ -214,8 +218,9 @@ def test_what_is_communicated():
     }
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("n", range(3))
-def test_nothing_leaves_a_segment(n):
+def test_nothing_leaves_a_segment(n, pieces):
     """The n-th segment of every row is NaN, and so are its state, its cotangents and padding."""
     arrays, (d_o, d_final) = PACKED.arrays(), PACKED.cotangents()
     bad_tokens, bad_slots = np.zeros((4, T), bool), np.zeros((4, 3), bool)
@@ -232,8 +237,8 @@ def test_nothing_leaves_a_segment(n):
     }
     poisoned["initial_state"] = poison(arrays["initial_state"], bad_slots)
     cotangents = poison(d_o, bad_tokens | padding), poison(d_final, bad_slots)
-    clean = packed_program()(arrays, (d_o, d_final))
-    got = packed_program()(arrays | poisoned, cotangents)
+    clean = packed_program(pieces)(arrays, (d_o, d_final))
+    got = packed_program(pieces)(arrays | poisoned, cotangents)
     for name in clean.keys() - {"dA_log", "d_dt_bias"}:
         bad = bad_slots if name in ("final_state", "d_initial_state") else bad_tokens
         x, y = (np.asarray(values[name])[~bad] for values in (got, clean))
@@ -246,7 +251,7 @@ def test_gradient_of_shard_map_without_vma():
     case = dataclasses.replace(WHOLE, T=2048, B=1, K=8, V=4)
     arrays, results, _ = all_specs(case)
     shard = {name: x[:, :1024] for name, x in case.arrays().items() if name in ("k", "v")}
-    assert _context._pieces(Problem(), shard) == 2
+    assert _context._pieces(shard) == 2
     wrap = functools.partial(
         jax.shard_map,
         mesh=mesh_of(AUTO, shape=(2,)),

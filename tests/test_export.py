@@ -274,14 +274,12 @@ def test_a_shard_runs_kernels_alone(declared_kernels, packed):
     }
     calls = {stage: count for stage, count in counts.items() if count}
     assert calls == dict(state_maps=1, prepared_forward=1, state_gradient=1, prepared_backward=1)
-    # Rows of one segment are cut into pieces, of 512 tokens at least.
-    rows = "2x2048" if packed else "8x512"
+    # Rows are cut into pieces, of 512 tokens at least.
+    rows = "8x512"
     found = re.findall(r"custom_call @jax_flashkda\.\w+\(.*: \(tensor<(\d+x\d+)x", text)
     assert len(found) == sum(calls.values()) and set(found) == {rows}
     # What one call prepares is what the next one takes; packed rows have a slot more than states.
-    types = "8x2x512x1040xui8>, tensor<8x2x9x128xf32"
-    if packed:
-        types = "2x2x2048x1040xui8>, tensor<2x2x36x128xf32"
+    types = f"8x2x512x1040xui8>, tensor<8x2x{8 + (4 if packed else 1)}x128xf32"
     for giver, taker in ("state_maps", "prepared_forward"), ("state_gradient", "prepared_backward"):
         (given,), (taken,) = (
             calls_of(_primitives._FFI_TARGETS[stage], text) for stage in (giver, taker)

@@ -527,7 +527,7 @@ def _cut(names, named, pieces):
         if name in ("A_log", "dt_bias"):
             return jnp.repeat(x, pieces, axis=0)
         if name in ("initial_state", "final_state"):
-            return x.reshape(-1, *x.shape[2:])
-        return x.reshape(-1, x.shape[1] // pieces, *x.shape[2:])
+            return x.reshape(len(x) * pieces, *x.shape[2:])
+        return x.reshape(len(x) * pieces, x.shape[1] // pieces, *x.shape[2:])
 
     return [cut(name, named[name]) for name in names]

@@ -181,7 +181,7 @@ def communicated(compiled):
 
 
 @functools.cache
-def packed_program(pieces=1):
+def packed_program(pieces):
     """Rows over x, T over t, compiled once."""
     mapped = shard_mapped(PACKED, mesh_of(AUTO, AUTO), batch="x")
     with mock.patch.object(_context, "_pieces", lambda named: pieces):
@@ -207,7 +207,7 @@ def test_what_is_communicated():
     """Maps of states, a few numbers of each row, and sums of what is shared."""
     B, (H, K, V) = 2, (PACKED.HV, PACKED.K, PACKED.V)  # rows of one device
     maps, states = (SHARDS, B, H, K, K + V), (B, PACKED.N, H, K, V)
-    found = communicated(packed_program())
+    found = communicated(packed_program(1))
     numbers = found.pop(("all-gather", (SHARDS, 4, B)))
     assert 1 <= numbers <= 2  # XLA may see that forward and backward ask for the same
     assert found == {
@@ -641,17 +641,16 @@ def test_the_last_slot_is_of_the_segment_that_ends_a_row(implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("case", [PACKED, WHOLE], ids=["packed", "whole"])
-def test_kernels_on_several_gpus(case):
+def test_kernels_on_several_gpus(case, pieces):
     """The kernels on every shard, as accurate as the op promises to be on one device."""
     if jax.device_count() < 2:
         pytest.skip("needs two GPUs")
     case = for_implementation(case, "cuda")
-    compiled = (
-        jax.jit(shard_mapped(case, mesh_of(AUTO, AUTO, shape=(1, 2)), "cuda"))
-        .lower(case.arrays(), case.cotangents())
-        .compile()
-    )
+    mapped = jax.jit(shard_mapped(case, mesh_of(AUTO, AUTO, shape=(1, 2)), "cuda"))
+    with mock.patch.object(_context, "_pieces", lambda named: pieces):
+        compiled = mapped.lower(case.arrays(), case.cotangents()).compile()
     text = compiled.as_text()
     assert all(f"jax_flashkda.{stage}" in text for stage in ONCE)
     got = compiled(case.arrays(), case.cotangents())

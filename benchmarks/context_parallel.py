@@ -4,16 +4,20 @@
     python benchmarks/context_parallel.py --documents 8192  the same in documents of 8,192 tokens
     python benchmarks/context_parallel.py --check           and compares results with one GPU's
 
-Parallel efficiency is the time of one GPU over n times that of n. On one GPU the op is the plain
-one, in whatever schedule it picks for the shape. Raw inputs, bfloat16, as in run.py.
+A line of JSON for each number of GPUs, once its times are there, and a table. Parallel efficiency
+is the time of one GPU over n times that of n. On one GPU the op is the plain one, in whatever
+schedule it picks for the shape. Raw inputs, bfloat16, as in run.py, which records these lines
+(`--context-parallel`).
 """
 
 import argparse
 import functools
 
+import report
 import timing
+from lines import say
 
-CALL = dict(gate="softplus", beta_is_logits=True, qk_l2norm=True, implementation="cuda")
+REPEATS = 5
 
 
 def programs(n, documents):
@@ -30,7 +34,9 @@ def programs(n, documents):
     tokens = {"q", "k", "v", "g", "beta", "segment_ids"}
     names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", *(("segment_ids",) * documents))
     specs = {name: P(None, "context") if name in tokens else P() for name in names}
-    attend = functools.partial(kimi_delta_attention, context_axis="context", **CALL)
+    call = dict(gate="softplus", beta_is_logits=True, qk_l2norm=True)
+    call["implementation"] = timing.IMPLEMENTATION
+    attend = functools.partial(kimi_delta_attention, context_axis="context", **call)
 
     def forward(arrays, d_o):
         del d_o
@@ -45,7 +51,10 @@ def programs(n, documents):
     gradients = {name: spec for name, spec in specs.items() if name != "segment_ids"}
     out_specs = P(None, "context"), (P(None, "context"), gradients)
     mapped = [
-        jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(specs, specs["v"]), out_specs=out))
+        jax.jit(
+            jax.shard_map(f, mesh=mesh, in_specs=(specs, specs["v"]), out_specs=out),
+            compiler_options=timing.COMPILER_OPTIONS,
+        )
         for f, out in zip((forward, training), out_specs, strict=True)
     ]
 
@@ -63,14 +72,46 @@ def differences(got, wanted):
     import jax
     import jax.numpy as jnp
 
+    @jax.jit
     def relative(x, y):
-        x, y = (jnp.asarray(jax.device_get(array), jnp.float32) for array in (x, y))
-        return float(jnp.sqrt(jnp.mean((x - y) ** 2) / jnp.mean(y**2)))
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.sqrt(jnp.sum((x - y) ** 2) / jnp.sum(y**2))
 
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(wanted)]
-    return max(
-        zip(map(relative, jax.tree.leaves(got), jax.tree.leaves(wanted)), names, strict=True)
-    )
+    named = zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(got), strict=True)
+    found = [
+        (float(relative(jax.device_put(x, y.device), y)), jax.tree_util.keystr(path))
+        for (path, y), x in named
+    ]
+    return max(found)
+
+
+def timed(tokens, heads, documents, gate, check, counts=(1, 2, 4, 8)):
+    """A row for each number of GPUs that there are, as the record has them."""
+    import jax
+
+    lengths = None
+    if documents is not None:
+        lengths = [documents] * (tokens // documents)
+        lengths += [tokens % documents] * bool(tokens % documents)
+    dims = (1, tokens, heads, heads, lengths)
+    arrays = timing.make_inputs(dims, gate, 0)
+    d_o = timing.make_inputs(dims, gate, 1)["v"]
+    wanted = None
+    for n in [n for n in counts if n <= jax.device_count()]:
+        forward, training, place = programs(n, lengths is not None)
+        inputs = [place(arrays, d_o)]
+        row = dict(tokens=tokens, heads=heads, documents=documents, gate=gate, gpus=n)
+        for name, f in (("forward_ms", forward), ("training_ms", training)):
+            milliseconds = timing.single_ms(lambda x, f=f: f(*x), inputs, REPEATS)
+            row[name] = round(milliseconds, 3)
+        if check:
+            got = training(*inputs[0])
+            if wanted is None:
+                wanted = jax.device_put(got, jax.devices()[0])
+            row["difference"], row["of"] = differences(got, wanted)
+            del got
+        del inputs
+        yield row
 
 
 def main():
@@ -87,38 +128,11 @@ def main():
     )
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-
-    import jax
-
-    lengths = None
-    if options.documents is not None:
-        lengths = [options.documents] * (options.tokens // options.documents)
-        lengths += [options.tokens % options.documents] * bool(options.tokens % options.documents)
-    dims = (1, options.tokens, options.heads, options.heads, lengths)
-    arrays = timing.make_inputs(dims, options.gate, 0)
-    d_o = timing.make_inputs(dims, options.gate, 1)["v"]
-    arrays, d_o = jax.device_get((arrays, d_o))  # each program has its own on the GPUs
-    print(f"{options.tokens} tokens, {options.heads} heads, {options.gate} gate, ", end="")
-    print(f"documents of {options.documents or options.tokens} tokens")
-    print("| GPUs | forward, ms | efficiency | forward and backward, ms | efficiency |")
-    print("|---|---|---|---|---|")
-    counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
-    one, wanted = None, None
-    for n in counts:
-        forward, training, place = programs(n, lengths is not None)
-        inputs = [place(arrays, d_o)]
-        times = [
-            timing.single_ms(lambda inputs, f=f: f(*inputs), inputs, 5) for f in (forward, training)
-        ]
-        one = one or times
-        cells = [f"{t:.2f} | {t1 / (n * t):.0%}" for t, t1 in zip(times, one, strict=True)]
-        print(f"| {n} | {' | '.join(cells)} |", flush=True)
-        if options.check:
-            got = jax.device_get(training(*inputs[0]))
-            wanted = wanted or got
-            difference, name = differences(got, wanted)
-            print(f"largest relative difference from one GPU: {difference:.1e}, of {name}")
-        del inputs
+    rows = []
+    for row in timed(**vars(options)):
+        say("context_parallel", row)
+        rows.append(row)
+    print(report.context_parallel({"context_parallel": rows}))
 
 
 if __name__ == "__main__":

@@ -246,6 +246,26 @@ def training_curve(record) -> str:
     )
 
 
+def context_parallel(record) -> str:
+    """T over several GPUs: parallel efficiency is the time of one GPU over n times that of n."""
+    titles = ["T over GPUs", "GPUs", "forward", "efficiency", "forward and backward", "efficiency"]
+    titles.append("difference from one GPU")
+    rows, one = [], {}
+    for row in record.get("context_parallel", []):
+        n, length = row["gpus"], row["documents"]
+        label = f"T {row['tokens']:,}, {row['heads']} heads, {row['gate']} gate"
+        label += f", documents of {length:,}" if length else ", one document"
+        cells = [label, str(n)]
+        for work in ("forward_ms", "training_ms"):
+            if n == 1:
+                one[label, work] = row[work]
+            alone = one.get((label, work))
+            cells += [number(row[work]), f"**{alone / n / row[work]:.0%}**" if alone else ""]
+        cells.append(f"{row['difference']:.1e}, {row['of']}" if "difference" in row else "")
+        rows.append(cells)
+    return markdown(titles, rows)
+
+
 def run(record) -> str:
     """Where the record is from, and what was tested on the same sources in the same run."""
     versions = record.get("versions", {})
@@ -303,6 +323,7 @@ PARTS = {
     "over_t_forward": lambda record: over_t(record, "forward"),
     "over_t_training": lambda record: over_t(record, "training"),
     "training_curve": training_curve,
+    "context_parallel": context_parallel,
     "sources": sources,
 }
 

@@ -3,6 +3,7 @@
     python benchmarks/run.py                    everything; writes results/h200.json, prints a table
     python benchmarks/run.py --tests            GPU tests and sanitizers alone
     python benchmarks/run.py --times            all times alone
+    python benchmarks/run.py --context-parallel T over the GPUs of a machine with several, alone
     python benchmarks/run.py --only fix8k_h96   some shapes; prints, records nothing
     python benchmarks/run.py --only-steps       the decode step, alone and in a layer; likewise
     python benchmarks/run.py --table            the tables of the record
@@ -221,6 +222,20 @@ def time_softmax(record, names, seconds):
         raise RuntimeError(f"softmax.py: {ended}")
 
 
+def time_context_parallel(keep, seconds):
+    """One document over 1, 2, .. GPUs of this machine, and documents that end within a shard."""
+    found = []
+    for documents in ([], ["--documents", "8192"]):
+        rows, ended = lines_of(
+            "context_parallel.py", ["--check", *documents], seconds, "context_parallel"
+        )
+        found += rows
+        print(*rows, sep="\n", flush=True)
+        keep(context_parallel=found)
+        if ended != ENDED_WELL:
+            raise RuntimeError(f"context_parallel.py: {ended}")
+
+
 def train_side_by_side(keep, seconds):
     """Loss curves and tokens a second of the example model on the kernels and on XLA."""
     found, ended = lines_of("training_curve.py", [], seconds, "training_curve")
@@ -344,6 +359,10 @@ def main():
     parser.add_argument("--write-docs", action="store_true")
     parser.add_argument("--tests", action="store_true", help="no times")
     parser.add_argument("--times", action="store_true", help="no tests, no sanitizers")
+    parser.add_argument("--context-parallel", action="store_true", help="nothing else")
+    parser.add_argument(
+        "--context-parallel-seconds", type=int, default=240, help="time limit of either layout"
+    )
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument(
         "--peer-seconds", type=int, default=90, help="time limit of all peers together"
@@ -416,6 +435,11 @@ def main():
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(record, indent=1) + "\n")
 
+    context = lambda: time_context_parallel(keep, options.context_parallel_seconds)
+    if options.context_parallel:
+        whole = attempt("context parallel", context)
+        print(report.context_parallel(record))
+        sys.exit(0 if whole else "context parallel times failed: see above")
     whole = True
     if not options.times:  # both keep to themselves what they use of the device
         with ThreadPoolExecutor(1) as pool:
@@ -441,6 +465,8 @@ def main():
     keep()
     curves = lambda: train_side_by_side(keep, options.curve_seconds)
     whole &= attempt("training curves", curves)
+    if gpu_count() > 1:
+        whole &= attempt("context parallel", context)
     if peer_seconds > 0:
         whole &= attempt("peers", lambda: time_peers(record, peer_seconds))
         keep()

@@ -102,6 +102,14 @@ NB_MODULE(_flashkda, module) {
   module.def("backward_workspace_bytes", &workspace_bytes<backward_workspace_bytes>, "B"_a, "T"_a,
              "H"_a, "HV"_a, "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
              "Bytes of the workspace result of jax_flashkda.backward.");
+  module.def("prepared_forward_workspace_bytes",
+             &workspace_bytes<prepared_forward_workspace_bytes>, "B"_a, "T"_a, "H"_a, "HV"_a,
+             "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
+             "Bytes of that of jax_flashkda.prepared_forward, state_maps and state_gradient.");
+  module.def("prepared_backward_workspace_bytes",
+             &workspace_bytes<prepared_backward_workspace_bytes>, "B"_a, "T"_a, "H"_a, "HV"_a,
+             "K"_a, "V"_a, "N"_a, "has_segment_ids"_a,
+             "Bytes of that of jax_flashkda.prepared_backward.");
   module.def(
       "short_conv_workspace_bytes",
       [](int64_t B, int64_t T, int64_t C) { return short_conv_workspace_bytes({B, T, C, 1}); },

@@ -29,9 +29,9 @@ SUB_BLOCK = 8
 _TOKEN_OPERANDS = ("q", "k", "v", "g", "beta")
 
 
-def forward(problem: Problem, *operands):
+def forward(problem: Problem, *operands, tail_slot=False):
     """Forward results of `problem` (see `_problem.py` for operands and results)."""
-    call = _Call(problem, operands)
+    call = _Call(problem, operands, tail_slot)
     chunk_states = call.no_chunk_states()
     if call.empty:
         return call.results(call.tokens[2], call.initial_state, chunk_states)
@@ -56,11 +56,11 @@ def forward(problem: Problem, *operands):
     return call.results(o, states, chunk_states)
 
 
-def backward(problem: Problem, *operands):
+def backward(problem: Problem, *operands, tail_slot=False):
     """Gradients of the float operands of `problem`, from its operands and the cotangents of its
     results.
     """
-    call = _Call(problem, operands)
+    call = _Call(problem, operands, tail_slot)
     cotangents = operands[len(problem.operand_names) :]
     d_results = dict(zip(problem.result_names, cotangents, strict=True))
     d_o = _pad_tail(d_results["o"], call.padded_T)
@@ -127,10 +127,10 @@ def backward(problem: Problem, *operands):
 
 
 def state_maps(problem: Problem, *operands):
-    """M and B of the first segment of each row, which takes its state S to M S + B: what the state
+    """M and B of the segment that ends each row, which takes its state S to M S + B: what the state
     is behind it, from the identity without values, and from zero.
     """
-    named = problem.named(operands)
+    named = _of_ends(problem, operands, at=1)
     v, K = named["v"], named["k"].shape[-1]
     B, T, HV, V = v.shape
     columns = jnp.zeros((B, T, HV, K), v.dtype)
@@ -147,9 +147,23 @@ def state_maps(problem: Problem, *operands):
 
 
 def state_gradient(problem: Problem, *operands):
-    """Of `backward` the gradient of initial_state alone; XLA drops the rest."""
-    gradients = dict(zip(problem.differentiable_names, backward(problem, *operands), strict=True))
-    return (gradients["initial_state"],)
+    """Of `backward` the gradient of initial_state alone, of the segments that begin rows; XLA drops
+    the rest."""
+    named, rest = _of_ends(problem, operands, at=0), operands[len(problem.operand_names) :]
+    gradients = backward(problem, *named.values(), *rest)
+    named = dict(zip(problem.differentiable_names, gradients, strict=True))
+    return (named["initial_state"],)
+
+
+def _of_ends(problem, operands, at):
+    """The forward operands by name, all tokens padding but those of the segments that begin rows
+    (at = 0) or end them (1)."""
+    named = problem.named(operands)
+    if problem.has_segment_ids:
+        ids = named["segment_ids"]
+        mine = _segments.ends_of_rows(ids, problem.padding_segment_id)[at]
+        named["segment_ids"] = jnp.where(mine, ids, -1)
+    return named
 
 
 class _Call:
@@ -157,7 +171,7 @@ class _Call:
     over them.
     """
 
-    def __init__(self, problem: Problem, operands):
+    def __init__(self, problem: Problem, operands, tail_slot):
         self.problem = problem
         named = problem.named(operands)
         B, self.T, _, K = named["k"].shape
@@ -167,6 +181,8 @@ class _Call:
         ids = named.get("segment_ids")
         if not self.empty:
             self.schedule = _segments.schedule(self.T, ids, problem.padding_segment_id)
+            if tail_slot:
+                self.schedule = self.schedule.with_tail_slot(problem.max_segments)
         # A chunk may start at any token of a packed row, and reads CHUNK rows from there.
         self.padded_T = -(-self.T // CHUNK) * CHUNK + (0 if ids is None else CHUNK)
         self.tokens = [_pad_tail(named[name], self.padded_T) for name in _TOKEN_OPERANDS]

@@ -10,11 +10,11 @@ float32, whatever its length. So shards exchange their maps (M, B), not tokens:
 
 Segments are those of the whole row: equal ids on both sides of an edge are one segment. What a row
 needs of them are few numbers of each shard, which are exchanged first (`_Rows`). A shard lies
-*inside* of a segment that goes on on both sides; else its *tail*, the segment that goes on in the
-next shard, begins in it. Maps are those of the tail, and only inside is C a pass of its own: tokens
-that a pass leaves out are padding to it, which costs next to nothing. Without segment ids a shard
-is cut into pieces, rows of their own, whose maps are combined alike: few long rows of few heads
-would leave most of a device idle.
+*inside* of a segment that goes on on both sides; else it ends the segment that begins it. Maps are
+those of the segment that ends a shard, C is that of the segment that begins it, and what finds them
+walks no other. It prepares all tokens, for the op that follows. Shards are cut into pieces, rows of
+their own that know of each other what shards do: few long rows of few heads would leave most of a
+device idle.
 
 All results of a shard are its own contributions: what all shards share (states and gate parameters)
 enters and leaves through `pcast` and `psum`, so the sums of their gradients are JAX's.
@@ -152,59 +152,65 @@ def extended(x, size, axis, before_all=0):
 
 
 class _Rows(NamedTuple):
-    """Where the segments of a shard lie in their rows. Of each shard [R, B], or its own [B]."""
+    """Where the segments of pieces lie in their rows: of all pieces of all shards [R, P, B], or of
+    those of this shard [B, P]."""
 
-    continues: jax.Array  # [R, B]: the first segment goes on with the last one of the shard before
-    inside: jax.Array  # [R, B]: the shard lies inside one segment, which goes on on both sides
+    continues: jax.Array  # [R, P, B]: the first segment goes on with the last one of that before
+    inside: jax.Array  # [R, P, B]: the piece lies inside one segment, which goes on on both sides
     shard: jax.Array  # []
-    count: jax.Array  # [B]: segments of the shard
-    through: jax.Array  # [B]: the shard is the middle or the end of one segment, and no more
-    first: jax.Array  # [B]: state slot of its first segment
+    count: jax.Array  # [B, P]: segments of the piece
+    through: jax.Array  # [B, P]: the piece is the middle or the end of one segment, and no more
+    first: jax.Array  # [B, P]: state slot of its first segment
     unused: jax.Array  # [B]: first slot without a segment; N but for the last shard: no other fills
 
     def own(self, x):
-        """[B] of this shard, of [R, B]."""
-        return lax.dynamic_index_in_dim(x, self.shard, keepdims=False)
+        """[B, P] of this shard, of [R, P, B]."""
+        return lax.dynamic_index_in_dim(x, self.shard, keepdims=False).T
 
     @property
     def head(self):
-        """[B]: the first segment of this shard began in one before."""
+        """[B, P]: the first segment of a piece began in one before."""
         return self.own(self.continues)
 
     @property
     def continued(self):
-        """[B]: the last segment of this shard ends in one behind."""
+        """[B, P]: the last segment of a piece ends in one behind."""
         return self.own(_next(self.continues))
 
 
 def _next(continues):
-    """continues of the shard behind each; nothing follows the last."""
-    return jnp.concatenate([continues[1:], jnp.zeros_like(continues[:1])])
+    """continues of the piece behind each; nothing follows the last."""
+    flat = continues.reshape(-1, continues.shape[-1])
+    return jnp.concatenate([flat[1:], jnp.zeros_like(flat[:1])]).reshape(continues.shape)
 
 
-def _rows(problem, named) -> _Rows:
+def _rows(problem, named, pieces) -> _Rows:
     axis, segment_ids = problem.context_axis, named.get("segment_ids")
     shards, shard = lax.axis_size(axis), lax.axis_index(axis)
     B, T = named["v"].shape[:2]
+    in_order = lambda x: jnp.moveaxis(x.reshape(shards, B, pieces), 1, 2).reshape(-1, B)
+    not_first = jnp.arange(shards * pieces)[:, None] > 0
     if segment_ids is None or T == 0:
-        continues = jnp.broadcast_to((jnp.arange(shards) > 0)[:, None] & (T > 0), (shards, B))
-        whole, counts = jnp.ones_like(continues), jnp.full((shards, B), min(T, 1), jnp.int32)
+        continues = jnp.broadcast_to(not_first & (T > 0), (shards * pieces, B))
+        whole, counts = jnp.ones_like(continues), jnp.full(continues.shape, min(T, 1), jnp.int32)
     else:
-        valid, begins, _ = _segments.edges(segment_ids, problem.padding_segment_id)
+        ids = segment_ids.reshape(B * pieces, T // pieces)
+        valid, begins, _ = _segments.edges(ids, problem.padding_segment_id)
         count = jnp.sum(begins, axis=1, dtype=jnp.int32)
         whole = (jnp.all(valid, axis=1) & (count == 1)).astype(jnp.int32)
-        own = jnp.stack([segment_ids[:, 0], segment_ids[:, -1], count, whole])
-        first, last, counts, whole = jnp.moveaxis(lax.all_gather(own, axis), 1, 0)
+        own = jnp.stack([ids[:, 0], ids[:, -1], count, whole])
+        gathered = jnp.moveaxis(lax.all_gather(own, axis), 1, 0)
+        first, last, counts, whole = (in_order(x) for x in gathered)
         whole = whole > 0
         padding = _segments.is_padding(first, problem.padding_segment_id)
-        before = jnp.roll(last, 1, axis=0)
-        continues = (jnp.arange(shards) > 0)[:, None] & ~padding & (first == before)
+        continues = not_first & ~padding & (first == jnp.roll(last, 1, axis=0))
     started = counts - continues
     end = jnp.cumsum(started, axis=0, dtype=jnp.int32)  # the slot behind the last segment
-    pick = lambda x: lax.dynamic_index_in_dim(x, shard, keepdims=False)
+    of_shards = lambda x: x.reshape(shards, pieces, B)
+    pick = lambda x: lax.dynamic_index_in_dim(of_shards(x), shard, keepdims=False).T
     return _Rows(
-        continues=continues,
-        inside=whole & continues & _next(continues),
+        continues=of_shards(continues),
+        inside=of_shards(whole & continues) & _next(of_shards(continues)),
         shard=shard,
         count=pick(counts),
         through=pick(whole & continues),
@@ -213,32 +219,23 @@ def _rows(problem, named) -> _Rows:
     )
 
 
-def _tail(problem, rows: _Rows, named):
-    """[B, T]: the tokens of the tail; None without segment ids, where it is all of them."""
-    if not problem.has_segment_ids:
-        return None
-    segment, _ = _segments.places(named["segment_ids"], problem.padding_segment_id)
-    last = segment == rows.count[:, None] - 1
-    return rows.continued[:, None] & last & ~_padding(problem, named)
-
-
-def _padding(problem, named):
-    return _segments.is_padding(named["segment_ids"], problem.padding_segment_id)
-
-
 def _slots(states, first, size):
-    """states[:, first[b] + i] for i < size, zero where there is no such slot: [B, size, ..]."""
-    index = first[:, None] + jnp.arange(size, dtype=first.dtype)
+    """states[b, first[b, p] + i] for i < size, [B, P, size, ..]; zero where there is none."""
+    index = first[..., None] + jnp.arange(size, dtype=first.dtype)
     exists = (index >= 0) & (index < states.shape[1])
-    across = lambda x: x.reshape(*x.shape, *[1] * (states.ndim - 2))
-    clipped = jnp.clip(index, 0, states.shape[1] - 1)
-    return jnp.where(across(exists), jnp.take_along_axis(states, across(clipped), axis=1), 0)
+    clipped = jnp.clip(index, 0, states.shape[1] - 1).reshape(len(index), -1)
+    found = jnp.take_along_axis(states, _across(clipped, states.ndim), axis=1)
+    return _where(exists, found.reshape(*index.shape, *states.shape[2:]), 0)
+
+
+def _across(x, rank):
+    """x with axes of size 1 behind its own."""
+    return x.reshape(*x.shape, *[1] * (rank - x.ndim))
 
 
 def _where(condition, x, y):
-    """x or y, [B, ..] or 0, for each row; of what is not selected nothing remains."""
-    rank = max(jnp.ndim(x), jnp.ndim(y))
-    return jnp.where(condition.reshape(-1, *[1] * (rank - 1)), x, y)
+    """x or y, of the condition's axes and more, or 0; of what is not selected nothing remains."""
+    return jnp.where(_across(condition, max(jnp.ndim(x), jnp.ndim(y))), x, y)
 
 
 # ---------------------------------------------------------------------------- forward and backward
@@ -284,8 +281,8 @@ _attend.defvjp(_forward_rule, _backward_rule)
 _NESTED = (0, 12, 0)
 
 # What the backward needs of the forward besides its operands, of P pieces of a shard: their maps,
-# and the states they start from; with segment ids of one piece, and the state that comes in.
-_SAVED = {"M": ("B", "P", "HV", "K", "K"), "starts": ("B", "P", "HV", "K", "V")}
+# and the states that come into them.
+_SAVED = {"M": ("B", "P", "HV", "K", "K"), "ahead": ("B", "P", "HV", "K", "V")}
 
 
 def _on_rows(problem, stage, operands):
@@ -314,112 +311,86 @@ def _on_rows(problem, stage, operands):
 
 
 def _forward(problem, *operands):
-    """(results, (M, starts)) of a shard."""
+    """(results, (M, states ahead of pieces)) of a shard."""
     named = problem.named(operands)
-    rows, initial = _rows(problem, named), _initial_state(problem, named)
-    pieces = _pieces(problem, named)
-    M, B = _maps(problem, named, pieces, _tail(problem, rows, named))
-    start = _slots(initial, rows.first + rows.count - 1, 1)[:, 0]
-    # Behind the last piece, from where the tail begins: from no state if it came in.
-    behind = _states(M, B, _where(rows.through, 0, start))[:, -1]
-    incoming = _scan(problem.context_axis, rows, _total(M), behind)
-    if problem.has_segment_ids:
-        wanted = problem.has_initial_state or problem.return_final_state
-        states = _slots(initial, rows.first, problem.max_segments if wanted else 1)
-        starts = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
-        saved = incoming[:, None]
-    else:
-        starts = saved = _states(M, B, _where(rows.head, incoming, initial[:, 0]))[:, :-1]
-    o, ends = _run(problem, named, pieces, starts)
+    pieces = _pieces(named)
+    rows, initial = _rows(problem, named, pieces), _initial_state(problem, named)
+    M, B, prepared = _maps(problem, named, pieces)
+    # Behind a piece, from where the segment that ends it begins: from no state if that came in.
+    start = _slots(initial, rows.first + rows.count - 1, 1)[:, :, 0]
+    behind = _product(M, _where(rows.through, 0, start)) + B
+    incoming = _scan(
+        problem.context_axis, rows, _total(M), _states(rows, M, behind, jnp.zeros_like(B[:, 0]))[-1]
+    )
+    ahead = jnp.stack(_states(rows, M, behind, incoming)[:-1], axis=1)
+    o, ends = _run(problem, named, _starts(problem, rows, initial, ahead), prepared)
     results = dict(o=o)
     if problem.return_final_state:
-        ended = rows.count - rows.continued
-        ends = ends if problem.has_segment_ids else ends[:, -1:]
-        results["final_state"] = _spread(rows, [(ends, rows.first, 0, ended)], initial)
-    return tuple(results[name] for name in problem.result_names), (M, saved)
+        results["final_state"] = _spread(rows, ends, 0, rows.count - rows.continued, initial)
+    return tuple(results[name] for name in problem.result_names), (M, ahead)
 
 
 def _backward(problem, *operands):
     """The gradients of a shard's operands, from these, `_SAVED` and the results' cotangents."""
     named = problem.named(operands)
-    M, starts, *cotangents = operands[len(named) :]
+    M, ahead, *cotangents = operands[len(named) :]
     d = dict(zip(problem.result_names, cotangents, strict=True))
-    rows, initial = _rows(problem, named), _initial_state(problem, named)
+    rows, initial = _rows(problem, named, M.shape[1]), _initial_state(problem, named)
     d_final = d.get("final_state", jnp.zeros_like(initial))
-    backward = _backward_of_segments if problem.has_segment_ids else _backward_of_rows
-    gradients, d_slots = backward(problem, named, rows, M, starts, initial, d["o"], d_final)
+    starts = _starts(problem, rows, initial, ahead)
+    slots = starts.shape[2]
+    # What ends here gets its slot's gradient, what goes on that of the state behind the piece.
+    d_ends = _slots(d_final, rows.first, slots)
+    last = jnp.minimum(rows.count, slots) - 1
+    goes_on = rows.continued[..., None] & (jnp.arange(slots) == last[..., None])
+    C, prepared = _state_gradients(problem, named, d["o"], _where(goes_on, 0, d_ends))
+    d_first = _states_back(rows, M, C, jnp.zeros_like(C[:, 0]))[0]
+    d_state = _scan_back(problem.context_axis, rows, _total(M), d_first)
+    d_behind = jnp.stack(_states_back(rows, M, C, d_state)[1:], axis=1)
+    d_ends = _where(goes_on, d_behind[:, :, None], d_ends)
+    gradients, d_starts = _pull_back(problem, named, d["o"], starts, d_ends, prepared)
     if problem.has_initial_state:
-        gradients["initial_state"] = _spread(rows, d_slots, d_final)
+        gradients["initial_state"] = _spread(rows, d_starts, rows.head, rows.count, d_final)
     return tuple(gradients[name] for name in problem.differentiable_names)
 
 
-def _backward_of_rows(problem, named, rows, M, starts, initial, d_o, d_final):
-    """Of rows that are one segment each: gradients by name, and those of slots for `_spread`."""
-    pieces = M.shape[1]
-    C = _state_gradients(problem, named, pieces, d_o)
-    d_start = _states_back(M, C, _where(rows.continued, 0, d_final[:, 0]))[:, 0]
-    d_state = _scan_back(problem.context_axis, rows, _total(M), d_start)
-    d_ends = _states_back(M, C, _where(rows.continued, d_state, d_final[:, 0]))[:, 1:]
-    gradients, d_starts = _pull_back(problem, named, pieces, d_o, starts, d_ends)
-    return gradients, [(d_starts[:, :1], rows.first, rows.head, rows.count)]
+def _starts(problem, rows, initial, ahead):
+    """What the segments of pieces start from, [B, P, slots, ..]."""
+    states = _slots(initial, rows.first, _slot_count(problem))
+    return states.at[:, :, 0].set(_where(rows.head, ahead, states[:, :, 0]))
 
 
-def _backward_of_segments(problem, named, rows, M, starts, initial, d_o, d_final):
-    """Of packed rows."""
-    tail = _tail(problem, rows, named)
-    incoming, inside = starts[:, 0], rows.own(rows.inside)
-
-    # All that ends here. The first segment's initial state is the one that comes in.
-    states = _slots(initial, rows.first, problem.max_segments)
-    states = states.at[:, 0].set(_where(rows.head, incoming, states[:, 0]))
-    d_ends = _slots(d_final, rows.first, problem.max_segments)
-    rest = ~tail & ~_padding(problem, named)
-    d_rest, d_starts = _pull_back(problem, named, 1, d_o, states, d_ends, rest)
-
-    C = _state_gradients(problem, named, 1, d_o, tail & inside[:, None])
-    C = _where(inside, C, d_starts[:, :1])
-    d_state = _scan_back(problem.context_axis, rows, M[:, 0], C[:, 0])
-
-    last = rows.first + rows.count - 1
-    start = _where(rows.through, incoming[:, None], _slots(initial, last, 1))
-    d_tail, d_start = _pull_back(problem, named, 1, d_o, start, d_state[:, None], tail)
-
-    ended, head = rows.count - rows.continued, rows.head.astype(jnp.int32)
-    began = (rows.continued & ~rows.through).astype(jnp.int32)
-    d_slots = [(d_starts, rows.first, head, ended), (d_start, last, 0, began)]
-    return {name: _merge(name, tail, d_tail[name], x) for name, x in d_rest.items()}, d_slots
-
-
-def _merge(name, tail, of_tail, of_rest):
-    if name in ("A_log", "dt_bias"):
-        return of_tail + of_rest
-    return jnp.where(tail.reshape(*tail.shape, *[1] * (of_rest.ndim - 2)), of_tail, of_rest)
+def _slot_count(problem):
+    """Of a piece. Packed rows have one more than states are wanted of, for the segment that goes on
+    in the next piece."""
+    if not problem.has_segment_ids:
+        return 1
+    wanted = problem.has_initial_state or problem.return_final_state
+    return 1 + (problem.max_segments if wanted else 1)
 
 
 def _initial_state(problem, named):
     """[B, N, HV, K, V], zeros where there is none."""
     if problem.has_initial_state:
         return named["initial_state"]
-    return _no_states(named, problem.max_segments)
-
-
-def _no_states(named, count):
     v, K = named["v"], named["k"].shape[-1]
     B, _, HV, V = v.shape
-    return jnp.zeros((B, count, HV, K, V), jnp.promote_types(v.dtype, jnp.float32))
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    return jnp.zeros((B, problem.max_segments, HV, K, V), dtype)
 
 
-def _spread(rows, parts, otherwise):
-    """[B, N, ..] slots of whole rows: this shard's, of `parts` (states, slot of the first, begin,
-    end) those from begin to end; zero where they are another's; `otherwise` where no segment is."""
+def _spread(rows, states, begin, end, otherwise):
+    """[B, N, ..] slots of whole rows: of the states [B, P, slots, ..] of pieces those from begin to
+    end, [B, P] each; zero where they are another shard's; `otherwise` where no segment is."""
     N = otherwise.shape[1]
     slot = jnp.arange(N, dtype=jnp.int32)
-    across = lambda x: x.reshape(*x.shape, *[1] * (otherwise.ndim - 2))
-    spread = jnp.where(across(slot >= rows.unused[:, None]), otherwise, 0)
-    for states, first, begin, end in parts:
-        place = slot - first[:, None]
-        mine = (place >= jnp.reshape(begin, (-1, 1))) & (place < end[:, None])
-        spread = jnp.where(across(mine), _slots(states, -first, N), spread)
+    spread = _where(slot >= rows.unused[:, None], otherwise, 0)
+    begin = jnp.broadcast_to(begin, end.shape)
+    for p in range(states.shape[1]):
+        place = slot - rows.first[:, p, None]
+        mine = (place >= begin[:, p, None]) & (place < end[:, p, None])
+        found = _slots(states[:, p], -rows.first[:, p, None], N)[:, 0]
+        spread = _where(mine, found, spread)
     return spread
 
 
@@ -432,8 +403,8 @@ def _scan(axis, rows, M, B):
     state = jnp.zeros_like(B)
     for s in range(maps.shape[0] - 1):
         M, B = maps[s, ..., :K], maps[s, ..., K:]
-        after = _where(rows.inside[s], _product(M, state) + B, B)
-        after = _where(rows.continues[s + 1], after, 0)
+        after = _where(jnp.all(rows.inside[s], axis=0), _product(M, state) + B, B)
+        after = _where(rows.continues[s + 1, 0], after, 0)
         state = jnp.where(s < rows.shard, after, state)
     return state
 
@@ -444,27 +415,31 @@ def _scan_back(axis, rows, M, C):
     d_state = jnp.zeros_like(C)
     for s in reversed(range(1, maps.shape[0])):
         M, C = maps[s, ..., :K], maps[s, ..., K:]
-        before = _where(rows.inside[s], _product(M, d_state, transposed=True) + C, C)
-        before = _where(rows.continues[s], before, 0)
+        before = _product(M, d_state, transposed=True) + C
+        before = _where(jnp.all(rows.inside[s], axis=0), before, C)
+        before = _where(rows.continues[s, 0], before, 0)
         d_state = jnp.where(s > rows.shard, before, d_state)
     return d_state
 
 
-def _states(M, B, state):
-    """The states [B, P + 1, HV, K, V] ahead of all P pieces of a shard and behind the last, from
-    that ahead of the first."""
-    states = [state]
+def _states(rows, M, B, state):
+    """The states ahead of all P pieces of a shard and behind the last, from that ahead of the
+    first; zero where no segment goes on."""
+    inside, continued, states = rows.own(rows.inside), rows.continued, [state]
     for p in range(M.shape[1]):
-        states.append(_product(M[:, p], states[-1]) + B[:, p])
-    return jnp.stack(states, axis=1)
+        after = _where(inside[:, p], _product(M[:, p], states[-1]) + B[:, p], B[:, p])
+        states.append(_where(continued[:, p], after, 0))
+    return states
 
 
-def _states_back(M, C, d_state):
+def _states_back(rows, M, C, d_state):
     """The gradients of these states, from that of the last."""
-    d_states = [d_state]
+    inside, head, d_states = rows.own(rows.inside), rows.head, [d_state]
     for p in reversed(range(M.shape[1])):
-        d_states.append(_product(M[:, p], d_states[-1], transposed=True) + C[:, p])
-    return jnp.stack(d_states[::-1], axis=1)
+        before = _product(M[:, p], d_states[-1], transposed=True) + C[:, p]
+        before = _where(inside[:, p], before, C[:, p])
+        d_states.append(_where(head[:, p], before, 0))
+    return d_states[::-1]
 
 
 def _total(M):
@@ -475,7 +450,7 @@ def _total(M):
 
 
 def _product(M, state, transposed=False):
-    rule = "bhji,bhjv->bhiv" if transposed else "bhij,bhjv->bhiv"
+    rule = "...ji,...jv->...iv" if transposed else "...ij,...jv->...iv"
     return jnp.einsum(rule, M, state, precision=lax.Precision.HIGHEST)
 
 
@@ -485,39 +460,49 @@ def _product(M, state, transposed=False):
 _CHAINS, _LEAST_PIECE = 132, 8 * CHUNK
 
 
-def _pieces(problem, named):
+def _pieces(named):
     """How many rows to make of each: all equal, of whole chunks. By the shape, whatever runs it."""
     B, T, HV, _ = named["v"].shape
-    most = 1 if problem.has_segment_ids else _CHAINS // max(B * HV, 1)
     fits = lambda p: T % (p * CHUNK) == 0 and T >= p * _LEAST_PIECE
-    return next((p for p in range(most, 1, -1) if fits(p)), 1)
+    return next((p for p in range(_CHAINS // max(B * HV, 1), 1, -1) if fits(p)), 1)
 
 
-def _maps(problem, named, pieces, mask):
-    """M [B, P, HV, K, K] and B [B, P, HV, K, V] of the segment that `mask` leaves of each piece
-    (None: of all of it). Anything where it leaves none."""
-    problem = _local(problem, 1, return_final_state=False, has_initial_state=False)
-    operands = _cut(problem.signature("state_maps")[0], named, pieces, mask)
-    maps = _primitives.state_maps(problem, *operands)
-    return tuple(x.reshape(-1, pieces, *x.shape[1:]) for x in maps)
+def _maps(problem, named, pieces):
+    """M [B, P, HV, K, K] and B [B, P, HV, K, V] of the segment that ends each piece, anything where
+    none does; and what was prepared of the tokens."""
+    changes = dict(return_final_state=False, has_initial_state=False)
+    problem = _local(problem, _slot_count(problem), **changes)
+    operands = _cut(problem.signature("state_maps")[0], named, pieces)
+    M, B, *prepared = _primitives.state_maps(problem, *operands)
+    return *(x.reshape(-1, pieces, *x.shape[1:]) for x in (M, B)), prepared
 
 
-def _run(problem, named, pieces, states):
-    """(o, final states), from states [B, N, ..] or, of pieces, [B, P, ..]."""
-    problem = _local(problem, states.shape[1] // pieces)
-    operands = _cut(problem.operand_names, named | {"initial_state": states}, pieces)
-    o, ends = _primitives.forward(problem, *operands)
+def _run(problem, named, states, prepared):
+    """(o, final states), from states [B, P, slots, ..]."""
+    problem = _local(problem, states.shape[2])
+    given = named | {"initial_state": states}
+    operands = _cut(problem.operand_names, given, states.shape[1])
+    o, ends = _primitives.prepared_forward(problem, *operands, *prepared)
     return o.reshape(named["v"].shape), ends.reshape(states.shape)
 
 
-def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None):
-    """The gradients of `_run` by name and of its states, for the tokens that `mask` leaves."""
-    problem = _local(problem, states.shape[1] // pieces)
+def _state_gradients(problem, named, d_o, d_ends):
+    """C [B, P, HV, K, V]: the gradients of the states ahead of pieces, anything where no segment
+    begins one; from those of final states [B, P, slots, ..]. And what was prepared."""
+    problem = _local(problem, d_ends.shape[2])
+    given = named | {"initial_state": d_ends, "o": d_o, "final_state": d_ends}
+    operands = _cut(problem.signature("state_gradient")[0], given, d_ends.shape[1])
+    C, *prepared = _primitives.state_gradient(problem, *operands)
+    return C.reshape(d_ends.shape)[:, :, 0], prepared
+
+
+def _pull_back(problem, named, d_o, states, d_ends, prepared):
+    """The gradients of `_run` by name and of its states."""
+    problem, pieces = _local(problem, states.shape[2]), states.shape[1]
     given = named | {"initial_state": states, "o": d_o, "final_state": d_ends}
-    operands = _cut(problem.signature("backward")[0], given, pieces, mask)
-    gradients = dict(
-        zip(problem.differentiable_names, _primitives.backward(problem, *operands), strict=True)
-    )
+    operands = _cut(problem.signature("backward")[0], given, pieces)
+    results = _primitives.prepared_backward(problem, *operands, *prepared)
+    gradients = dict(zip(problem.differentiable_names, results, strict=True))
     d_states = gradients.pop("initial_state").reshape(states.shape)
     for name, x in gradients.items():
         if name in ("A_log", "dt_bias"):
@@ -525,17 +510,6 @@ def _pull_back(problem, named, pieces, d_o, states, d_ends, mask=None):
         else:
             gradients[name] = x.reshape(named[name].shape)
     return gradients, d_states
-
-
-def _state_gradients(problem, named, pieces, d_o, mask=None):
-    """C [B, P, HV, K, V]: the gradients of the states that pieces start from, none from behind;
-    for the tokens that `mask` leaves."""
-    zeros = _no_states(named, pieces)
-    problem = _local(problem, 1)
-    given = named | {"initial_state": zeros, "o": d_o, "final_state": zeros}
-    operands = _cut(problem.signature("state_gradient")[0], given, pieces, mask)
-    (C,) = _primitives.state_gradient(problem, *operands)
-    return C.reshape(zeros.shape)
 
 
 def _local(problem, max_segments, **changes):
@@ -546,14 +520,14 @@ def _local(problem, max_segments, **changes):
     )
 
 
-def _cut(names, named, pieces, mask=None):
-    """Operands in the order of `names`, each row cut into pieces, and all but `mask` padding."""
-    if mask is not None:  # negative ids are padding whatever else is
-        named = named | {"segment_ids": jnp.where(mask, named["segment_ids"], -1)}
+def _cut(names, named, pieces):
+    """Operands in the order of `names`, of pieces as rows; states come as [B, P, slots, ..]."""
 
     def cut(name, x):
         if name in ("A_log", "dt_bias"):
             return jnp.repeat(x, pieces, axis=0)
-        return x.reshape(-1, x.shape[1] // pieces, *x.shape[2:])
+        if name in ("initial_state", "final_state"):
+            return x.reshape(len(x) * pieces, *x.shape[2:])
+        return x.reshape(len(x) * pieces, x.shape[1] // pieces, *x.shape[2:])
 
-    return [named[name] if pieces == 1 else cut(name, named[name]) for name in names]
+    return [cut(name, named[name]) for name in names]

@@ -15,6 +15,9 @@ import jax
 # The first JAX whose runtime takes handlers built for XLA FFI API 0.3, as ours are.
 _OLDEST_JAX = (0, 9, 1)
 
+# The stages whose workspace the extension can size.
+_WORKSPACES = ("forward", "backward", "prepared_forward", "prepared_backward")
+
 
 def load() -> ModuleType | None:
     """The extension module, or None where there is none (see `missing_reason`)."""
@@ -54,9 +57,12 @@ def short_conv_variants() -> list[dict]:
 def workspace_bytes(
     stage: str, B: int, T: int, H: int, HV: int, K: int, V: int, N: int, has_segment_ids: bool
 ) -> int:
-    """Bytes of the workspace that the FFI target `jax_flashkda.<stage>` needs for these sizes."""
-    if stage not in ("forward", "backward"):
-        raise ValueError(f"there is no stage {stage!r}; the extension has 'forward' and 'backward'")
+    """Bytes of the workspace that the FFI target `jax_flashkda.<stage>` needs for these sizes.
+
+    `state_maps` and `state_gradient` need that of `prepared_forward`.
+    """
+    if stage not in _WORKSPACES:
+        raise ValueError(f"there is no stage {stage!r}; the extension has {', '.join(_WORKSPACES)}")
     count = getattr(_required(), f"{stage}_workspace_bytes")
     return count(B, T, H, HV, K, V, N, has_segment_ids)
 

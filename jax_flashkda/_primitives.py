@@ -30,14 +30,36 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from . import _chunked, _extension, _recurrent, _segments, _short_conv_xla, _support
-from ._problem import Problem, ShortConvProblem, ShortConvStepProblem, StepProblem
+from ._problem import PREPARED, Problem, ShortConvProblem, ShortConvStepProblem, StepProblem
+
+
+def _preparing(stage):
+    """The stage on XLA, which prepares nothing: zeros, which XLA drops since nobody reads them."""
+
+    def run(problem, *operands):
+        sizes = problem.sizes(operands)
+        sizes |= _prepared_sizes(sizes)
+        prepared = [
+            jnp.zeros([sizes[axis] for axis in problem.axes[name]], dtype)
+            for name, dtype in _PREPARED_DTYPES.items()
+        ]
+        return (*stage(problem, *operands), *prepared)
+
+    return run
+
+
+def _prepared(stage):
+    return lambda problem, *operands: stage(problem, *operands[: -len(PREPARED)], tail_slot=True)
+
 
 # What each stage is on XLA. The backwards recompute from the raw inputs.
 _XLA = {
     "forward": _chunked.forward,
     "backward": _chunked.backward,
-    "state_maps": _chunked.state_maps,
-    "state_gradient": _chunked.state_gradient,
+    "state_maps": _preparing(_chunked.state_maps),
+    "state_gradient": _preparing(_chunked.state_gradient),
+    "prepared_forward": _prepared(_chunked.forward),
+    "prepared_backward": _prepared(_chunked.backward),
     "step": _recurrent.step,
     "short_conv": _short_conv_xla.forward,
     "short_conv_backward": _short_conv_xla.backward,
@@ -51,8 +73,10 @@ _FFI_TARGETS = {stage: f"jax_flashkda.{stage}" for stage in _XLA}
 _WORKSPACES = {
     "forward": "forward",
     "backward": "backward",
-    "state_maps": "forward",
-    "state_gradient": "backward",
+    "state_maps": "prepared_forward",
+    "state_gradient": "prepared_forward",
+    "prepared_forward": "prepared_forward",
+    "prepared_backward": "prepared_backward",
 }
 
 # `jax.export` refuses unknown custom calls; pass this as its `disabled_checks`.
@@ -72,15 +96,32 @@ def backward(problem: Problem | ShortConvProblem, *operands_and_cotangents):
 
 
 def state_maps(problem: Problem, *operands):
-    """(M, B) of the first segment of each row, from the operands of `forward` without states: it
-    takes an initial state S to the final state M S + B. Undefined for a row without a segment.
+    """(M, B, *prepared) of the segment that ends each row, from the operands of `forward` without
+    states: it takes an initial state S to the final state M S + B. Undefined for a row that ends in
+    padding. `prepared` is what `prepared_forward` takes.
     """
     return _stage("state_maps", problem)(*operands)
 
 
 def state_gradient(problem: Problem, *operands_and_cotangents):
-    """(d_initial_state,): of `backward` no more than this."""
+    """(d_initial_state, *prepared): of `backward` no more than this, of the segments that begin
+    rows, undefined for others; and what `prepared_backward` takes. With segment ids there are two
+    slots at least.
+    """
     return _stage("state_gradient", problem)(*operands_and_cotangents)
+
+
+def prepared_forward(problem: Problem, *operands):
+    """`forward`, of operands behind which comes what `state_maps` prepared of the same tokens, with
+    as many slots. The kernels read no other q, k, g and beta. The last slot is that of the segment
+    which ends its row, whatever its ordinal.
+    """
+    return _stage("prepared_forward", problem)(*operands)
+
+
+def prepared_backward(problem: Problem, *operands_and_cotangents):
+    """`backward`, likewise, behind `state_gradient`."""
+    return _stage("prepared_backward", problem)(*operands_and_cotangents)
 
 
 def step(problem: StepProblem | ShortConvStepProblem, *operands):
@@ -381,25 +422,34 @@ def _unnamed_split(problem, operands, devices):
 def _abstract(stage, *operands, problem):
     # Results are updated operands, never fresh types: these keep the manual axes of shard_map.
     named = problem.named(operands)
-    _, result_names = problem.signature(stage)
-    if stage in ("backward", "state_gradient", "short_conv_backward"):
-        return [named[name].update(weak_type=False) for name in result_names]
     sizes, data = problem.sizes(operands), named[problem.data]
     if stage == "state_maps":
         sizes["J"] = sizes["K"]
+    if stage in _PREPARING:
+        sizes |= _prepared_sizes(sizes)
     state_dtype = np.promote_types(data.dtype, np.float32)
     dtypes = dict.fromkeys(("final_state", "chunk_states", "factor", "offset"), state_dtype)
-    dtypes |= {"o": data.dtype, "y": data.dtype}
+    dtypes |= {"o": data.dtype, "y": data.dtype} | _PREPARED_DTYPES
     if _is_step(problem):
         dtypes["state"] = dtypes["token_states"] = named["state"].dtype
-    return [
-        data.update(
-            shape=tuple(sizes[axis] for axis in problem.axes[name]),
-            dtype=dtypes[name],
-            weak_type=False,
-        )
-        for name in result_names
-    ]
+
+    def result(name):
+        if stage in _GRADIENTS and name in named:
+            return named[name].update(weak_type=False)
+        shape = tuple(sizes[axis] for axis in problem.axes[name])
+        return data.update(shape=shape, dtype=dtypes[name], weak_type=False)
+
+    return [result(name) for name in problem.signature(stage)[1]]
+
+
+_GRADIENTS = ("backward", "prepared_backward", "state_gradient", "short_conv_backward")
+_PREPARING = ("state_maps", "state_gradient")
+_PREPARED_DTYPES = dict(zip(PREPARED, (np.uint8, np.float32, np.float32), strict=True))
+
+
+def _prepared_sizes(sizes):
+    """The axes of what the kernels prepare, as problem/workspace.h lays it out."""
+    return dict(X=1024, Y=4, C=128, D=-(-sizes["T"] // _segments.CHUNK) + sizes["N"])
 
 
 def _lower_xla(stage, ctx, *operands, problem):

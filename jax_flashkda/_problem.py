@@ -35,7 +35,14 @@ AXES = {
     "chunk_states": ("B", "M", "HV", "K", "V"),  # M = T // 64
     "factor": ("B", "HV", "K", "J"),  # J = K: a segment takes its state S to factor S + offset
     "offset": ("B", "HV", "K", "V"),
+    # What the kernels make of a row before they know the state that comes in: operands of X bytes
+    # a token, beta with room for Y numbers a token, and decays of D chunks and segments in C
+    # channels.
+    "prepared": ("B", "HV", "T", "X"),
+    "betas": ("B", "HV", "T", "Y"),
+    "decays": ("B", "HV", "D", "C"),
 }
+PREPARED = ("prepared", "betas", "decays")
 
 
 class _Description:
@@ -134,14 +141,17 @@ class Problem(Options, _Description):
         final_state = ("final_state",) if self.return_final_state else ()
         return ("o", *final_state, *(("chunk_states",) if self.return_chunk_states else ()))
 
-    def signature(self, stage: Literal["forward", "backward", "state_maps", "state_gradient"]):
+    def signature(self, stage: str):
         """(operand names, result names) of a stage; a cotangent goes by the name of its primal."""
-        if stage == "forward":
-            return self.operand_names, self.result_names
-        if stage == "state_maps":
-            return self.operand_names, ("factor", "offset")
-        gradients = ("initial_state",) if stage == "state_gradient" else self.differentiable_names
-        return self.operand_names + self.result_names, gradients
+        forward, backward = self.operand_names, self.operand_names + self.result_names
+        return {
+            "forward": (forward, self.result_names),
+            "backward": (backward, self.differentiable_names),
+            "state_maps": (forward, ("factor", "offset", *PREPARED)),
+            "state_gradient": (backward, ("initial_state", *PREPARED)),
+            "prepared_forward": (forward + PREPARED, self.result_names),
+            "prepared_backward": (backward + PREPARED, self.differentiable_names),
+        }[stage]
 
     def sizes(self, operands) -> dict[str, int]:
         """The size of every axis letter: B, T, H, HV, K, V, N, and M where it is used."""

@@ -42,6 +42,16 @@ class Schedule(NamedTuple):
         length = jnp.minimum(CHUNK, self.T - start)
         return Chunk(start, length, jnp.zeros_like(start), start == 0, start + length == self.T)
 
+    def with_tail_slot(self, N):
+        """State slots in place of ordinals: the last of N is that of the segment which ends its
+        row, whatever its ordinal, those before it are those of the first N - 1 others."""
+        if self.table is None:
+            return self
+        segment, ends = self.table.segment, self.table.start + self.table.length == self.T
+        tail = jnp.max(jnp.where(ends & self.table.last, segment, -1), axis=0, initial=-1)
+        slot = jnp.where(segment < N - 1, segment, jnp.where(segment == tail, N - 1, N))
+        return self._replace(table=self.table._replace(segment=slot))
+
 
 def is_padding(segment_ids, padding_segment_id):
     """Tokens that belong to no segment: negative ids and, unless it is None, the padding id."""
@@ -70,6 +80,14 @@ def places(segment_ids, padding_segment_id: int | None = 0):
     """The segment of each token, counted along its row, and the token's place in it, [B, T] each.
     Meaningless at padding."""
     return _places(edges(segment_ids, padding_segment_id)[1])
+
+
+def ends_of_rows(segment_ids, padding_segment_id: int | None = 0):
+    """[B, T] each: the tokens of the segment that a row begins with, and of that it ends with."""
+    segment, _ = places(segment_ids, padding_segment_id)
+    valid = ~is_padding(segment_ids, padding_segment_id)
+    head = valid & (segment == 0) & valid[:, :1]
+    return head, valid & (segment == segment[:, -1:]) & valid[:, -1:]
 
 
 def slots(segment_ids, padding_segment_id: int | None = 0):

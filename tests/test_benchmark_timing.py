@@ -143,3 +143,12 @@ def test_a_profile_without_a_gpu_says_so(timing):
     kernels = importlib.import_module("kernels")
     with pytest.raises(RuntimeError, match="no kernel"):
         kernels.kernel_ms(lambda: jnp.ones(3) + 1, 1)
+
+
+def test_context_parallel_rows(timing):
+    """Of one device and of two, which get the same results."""
+    module = importlib.import_module("context_parallel")
+    rows = list(module.timed(192, 1, 100, "softplus slow", check=True, counts=(1, 2)))
+    assert [row["gpus"] for row in rows] == [1, 2]
+    assert all(row["training_ms"] > 0 and row["forward_ms"] > 0 for row in rows)
+    assert rows[0]["difference"] == 0 and 0 < rows[1]["difference"] < 0.02

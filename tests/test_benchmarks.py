@@ -144,6 +144,22 @@ def test_training_curves_are_told(report):
     assert report.training_curve({}) == "Not in this record."
 
 
+def test_parallel_efficiency_is_told(report):
+    row = dict(tokens=262_144, heads=32, documents=None, gate="softplus slow")
+    rows = [
+        row | dict(gpus=1, forward_ms=8.0, training_ms=40.0),
+        row | dict(gpus=2, forward_ms=5.0, training_ms=25.0, difference=0.002, of="[0]"),
+        row | dict(gpus=2, documents=8192, forward_ms=5.0, training_ms=25.0),
+    ]
+    table = report.context_parallel({"context_parallel": rows}).splitlines()[2:]
+    label = "| T 262,144, 32 heads, softplus slow gate, "
+    assert table == [
+        label + "one document | 1 | 8.00 | **100%** | 40.0 | **100%** |  |",
+        label + "one document | 2 | 5.00 | **80%** | 25.0 | **80%** | 2.0e-03, [0] |",
+        label + "documents of 8,192 | 2 | 5.00 |  | 25.0 |  |  |",
+    ]
+
+
 def test_a_sanitizer_that_found_something_is_told(report):
     said = {"memcheck": {"a": "ERROR SUMMARY: 0 errors", "b": "ERROR SUMMARY: 10 errors"}}
     said["racecheck"] = {"c": "RACECHECK SUMMARY: 0 hazards displayed", "d": "not ended within 3 s"}

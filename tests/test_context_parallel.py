@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from oracle import CAP_FP32, CAPS_16_BIT, GRADIENTS, check
 from test_transforms import count
 
 from jax_flashkda import _context, _primitives, kimi_delta_attention, short_conv
-from jax_flashkda._problem import Problem
+from jax_flashkda._problem import PREPARED, Problem
 
 SHARDS, SHARD = 4, 70  # more than a chunk, and no multiple of one
 T = SHARDS * SHARD
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+STAGES = ("forward", "backward", "state_maps", "state_gradient")
+STAGES += ("prepared_forward", "prepared_backward")
 
 
 def row(*lengths):
@@ -178,16 +181,19 @@ def communicated(compiled):
 
 
 @functools.cache
-def packed_program():
+def packed_program(pieces):
     """Rows over x, T over t, compiled once."""
     mapped = shard_mapped(PACKED, mesh_of(AUTO, AUTO), batch="x")
-    return jit(mapped).lower(PACKED.arrays(), PACKED.cotangents()).compile()
+    with mock.patch.object(_context, "_pieces", lambda named: pieces):
+        return jit(mapped).lower(PACKED.arrays(), PACKED.cotangents()).compile()
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("rows", ROWS)
-def test_segments_across_edges(rows):
+def test_segments_across_edges(rows, pieces):
+    """Of shards, and of the pieces that a shard is cut into."""
     case = dataclasses.replace(PACKED, segment_ids=ROWS[rows], seed=len(rows))
-    got = packed_program()(case.arrays(), case.cotangents())
+    got = packed_program(pieces)(case.arrays(), case.cotangents())
     if rows == "padding":
         arrays, (_, d_final) = case.arrays(), case.cotangents()
         np.testing.assert_array_equal(got.pop("final_state"), arrays["initial_state"])
@@ -201,7 +207,7 @@ def test_what_is_communicated():
     """Maps of states, a few numbers of each row, and sums of what is shared."""
     B, (H, K, V) = 2, (PACKED.HV, PACKED.K, PACKED.V)  # rows of one device
     maps, states = (SHARDS, B, H, K, K + V), (B, PACKED.N, H, K, V)
-    found = communicated(packed_program())
+    found = communicated(packed_program(1))
     numbers = found.pop(("all-gather", (SHARDS, 4, B)))
     assert 1 <= numbers <= 2  # XLA may see that forward and backward ask for the same
     assert found == {
@@ -212,8 +218,9 @@ def test_what_is_communicated():
     }
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("n", range(3))
-def test_nothing_leaves_a_segment(n):
+def test_nothing_leaves_a_segment(n, pieces):
     """The n-th segment of every row is NaN, and so are its state, its cotangents and padding."""
     arrays, (d_o, d_final) = PACKED.arrays(), PACKED.cotangents()
     bad_tokens, bad_slots = np.zeros((4, T), bool), np.zeros((4, 3), bool)
@@ -230,8 +237,8 @@ def test_nothing_leaves_a_segment(n):
     }
     poisoned["initial_state"] = poison(arrays["initial_state"], bad_slots)
     cotangents = poison(d_o, bad_tokens | padding), poison(d_final, bad_slots)
-    clean = packed_program()(arrays, (d_o, d_final))
-    got = packed_program()(arrays | poisoned, cotangents)
+    clean = packed_program(pieces)(arrays, (d_o, d_final))
+    got = packed_program(pieces)(arrays | poisoned, cotangents)
     for name in clean.keys() - {"dA_log", "d_dt_bias"}:
         bad = bad_slots if name in ("final_state", "d_initial_state") else bad_tokens
         x, y = (np.asarray(values[name])[~bad] for values in (got, clean))
@@ -244,7 +251,7 @@ def test_gradient_of_shard_map_without_vma():
     case = dataclasses.replace(WHOLE, T=2048, B=1, K=8, V=4)
     arrays, results, _ = all_specs(case)
     shard = {name: x[:, :1024] for name, x in case.arrays().items() if name in ("k", "v")}
-    assert _context._pieces(Problem(), shard) == 2
+    assert _context._pieces(shard) == 2
     wrap = functools.partial(
         jax.shard_map,
         mesh=mesh_of(AUTO, shape=(2,)),
@@ -358,12 +365,22 @@ def test_no_tokens():
 
 def calls(mapped, case):
     jaxpr = jax.make_jaxpr(mapped)(case.arrays(), case.cotangents()).jaxpr
-    stages = ("forward", "state_maps", "backward", "state_gradient")
-    return [count(jaxpr, f"kda_{stage}") for stage in stages]
+    found = {stage: count(jaxpr, f"kda_{stage}") for stage in STAGES}
+    return {stage: n for stage, n in found.items() if n}
 
 
 def test_one_shard_is_the_plain_op():
-    assert calls(shard_mapped(PACKED, mesh_of(AUTO, shape=(1,))), PACKED) == [1, 0, 1, 0]
+    found = calls(shard_mapped(PACKED, mesh_of(AUTO, shape=(1,))), PACKED)
+    assert found == dict(forward=1, backward=1)
+
+
+ONCE = dict(state_maps=1, prepared_forward=1, state_gradient=1, prepared_backward=1)
+
+
+@pytest.mark.parametrize("case", [PACKED, WHOLE], ids=["packed", "whole"])
+def test_a_shard_is_prepared_once(case):
+    """In either direction: what finds the maps hands it on."""
+    assert calls(shard_mapped(case, mesh_of(AUTO, shape=(4,))), case) == ONCE
 
 
 def test_named_residuals():
@@ -381,9 +398,9 @@ def test_named_residuals():
         return calls(mapped, PACKED)
 
     policies = jax.checkpoint_policies
-    assert calls_with(None) == [1, 1, 2, 1]
-    assert calls_with(policies.save_only_these_names("kda")) == [1, 1, 2, 1]
-    assert calls_with(policies.nothing_saveable) == [1, 2, 2, 1]
+    assert calls_with(None) == ONCE
+    assert calls_with(policies.save_only_these_names("kda")) == ONCE
+    assert calls_with(policies.nothing_saveable) == ONCE | dict(state_maps=2)
 
 
 # ----------------------------------------------------------------------------- refusals
@@ -508,69 +525,134 @@ def test_layer():
     assert not tokens
 
 
-# ------------------------------------------------------------------------------------------- GPUs
+# ------------------------------------------------------------------------- the stages of a shard
+
+
+def shard_case(packed, implementation):
+    """Whole rows, or packed ones with a slot for each segment and one more."""
+    if not packed:
+        return for_implementation(WHOLE, implementation)
+    slots = 1 + max(len(runs(ids)) for ids in PACKED.segment_ids)
+    return for_implementation(dataclasses.replace(PACKED, max_segments=slots), implementation)
+
+
+def shard_call(case, implementation):
+    """The problem of a stage, and its operands by name."""
+    arrays, (d_o, d_final) = case.arrays(), case.cotangents()
+    for name in {"A_log", "dt_bias"} & arrays.keys():
+        arrays[name] = jnp.broadcast_to(arrays[name], (case.B, *arrays[name].shape))
+    arrays |= dict(o=d_o, final_state=d_final)
+    if case.segment_ids is None:
+        for name in ("initial_state", "final_state"):
+            arrays[name] = arrays[name][:, None]
+    has = ("A_log", "dt_bias", "segment_ids", "initial_state")
+    problem = Problem(
+        gate=case.gate, beta_is_logits=case.beta_is_logits, qk_l2norm=case.qk_l2norm,
+        scale=case.K**-0.5, implementation=implementation, return_final_state=True,
+        max_segments=arrays["initial_state"].shape[1],
+        **{f"has_{name}": name in arrays for name in has},
+    )  # fmt: skip
+    return problem, arrays
+
+
+def run_stage(stage, problem, arrays):
+    """Results by name."""
+    operand_names, result_names = problem.signature(stage)
+    call = jit(functools.partial(getattr(_primitives, stage), problem))
+    return dict(zip(result_names, call(*(arrays[x] for x in operand_names)), strict=True))
+
+
+def run_maps(problem, arrays):
+    changes = dict(return_final_state=False, has_initial_state=False)
+    return run_stage("state_maps", dataclasses.replace(problem, **changes), arrays)
+
+
+def assert_equal(got, wanted, select=lambda x: x):
+    assert got.keys() == wanted.keys()
+    for name, x in got.items():
+        np.testing.assert_array_equal(select(np.asarray(x)), select(np.asarray(wanted[name])), name)
+
+
+KERNELS = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_stages_of_a_shard_on_the_kernels(packed):
-    """The maps are those of the XLA path, the state's gradient is bitwise that of the backward."""
-    case = for_implementation(PACKED if packed else WHOLE, "cuda")
-    arrays, (d_o, d_final) = case.arrays(), case.cotangents()
-    for name in {"A_log", "dt_bias"} & arrays.keys():
-        arrays[name] = jnp.broadcast_to(arrays[name], (case.B, *arrays[name].shape))
-    states = {"initial_state": arrays.pop("initial_state"), "final_state": d_final}
-    if not packed:
-        states = {name: x[:, None] for name, x in states.items()}
-    problem = Problem(
-        gate=case.gate,
-        beta_is_logits=case.beta_is_logits,
-        qk_l2norm=case.qk_l2norm,
-        scale=case.K**-0.5,
-        **{f"has_{name}": name in arrays for name in ("A_log", "dt_bias", "segment_ids")},
-    )
+def test_maps_of_the_kernels(packed):
+    """Of the rows that a segment ends, those of the XLA path."""
+    problem, arrays = shard_call(shard_case(packed, "cuda"), "cuda")
+    ends = np.asarray(arrays["segment_ids"])[:, -1] > 0 if packed else slice(None)
+    got = run_maps(problem, arrays)
+    wanted = run_maps(dataclasses.replace(problem, implementation="xla"), arrays)
+    for name in ("factor", "offset"):
+        x, y = (np.asarray(maps[name], np.float64)[ends] for maps in (got, wanted))
+        error = np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
+        assert error <= CAPS_16_BIT["final_state"], (name, error)
 
-    def maps(implementation):
-        stage = functools.partial(
-            _primitives.state_maps, dataclasses.replace(problem, implementation=implementation)
-        )
-        return jax.jit(stage)(*(arrays[name] for name in problem.operand_names))
 
-    for got, wanted in zip(maps("cuda"), maps("xla"), strict=True):
-        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-        error = np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
-        assert error <= CAPS_16_BIT["final_state"], error
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_prepared_stages(packed, implementation):
+    """Bitwise what forward and backward give that prepare for themselves."""
+    problem, arrays = shard_call(shard_case(packed, implementation), implementation)
+    prepared = {name: x for name, x in run_maps(problem, arrays).items() if name in PREPARED}
+    got = run_stage("prepared_forward", problem, arrays | prepared)
+    assert_equal(got, run_stage("forward", problem, arrays))
+    initial = run_stage("state_gradient", problem, arrays)
+    prepared = {name: initial.pop(name) for name in PREPARED}
+    wanted = run_stage("backward", problem, arrays)
+    assert_equal(run_stage("prepared_backward", problem, arrays | prepared), wanted)
+    begins = np.asarray(arrays["segment_ids"])[:, 0] > 0 if packed else slice(None)
+    wanted = {"initial_state": wanted["initial_state"]}
+    assert_equal(initial, wanted, lambda x: x[begins, 0])
 
-    full = dataclasses.replace(
-        problem,
-        max_segments=case.N,
-        return_final_state=True,
-        has_initial_state=True,
-        implementation="cuda",
-    )
-    given = arrays | states | {"o": d_o}
-    operands = [given[name] for name in full.signature("backward")[0]]
-    (d_state,) = jax.jit(functools.partial(_primitives.state_gradient, full))(*operands)
-    gradients = jax.jit(functools.partial(_primitives.backward, full))(*operands)
-    named = dict(zip(full.differentiable_names, gradients, strict=True))
-    np.testing.assert_array_equal(np.asarray(d_state), np.asarray(named["initial_state"]))
+
+@pytest.mark.parametrize("implementation", ["xla", KERNELS])
+def test_the_last_slot_is_of_the_segment_that_ends_a_row(implementation):
+    """With two slots in place of one for each segment: those of the first and of that one."""
+    problem, wide = shard_call(shard_case(True, implementation), implementation)
+    counts = [len(runs(ids)) for ids in PACKED.segment_ids]
+    ends = np.asarray(wide["segment_ids"])[:, -1] > 0
+    last = np.maximum(np.array(counts), 1) - 1
+    kept = np.arange(problem.max_segments) == 0
+    kept = kept | (ends[:, None] & (np.arange(problem.max_segments) == last[:, None]))
+    # A segment that begins behind the first one starts from nothing.
+    wide["initial_state"] = wide["initial_state"].at[:, 1:].set(0)
+    wide["final_state"] *= jnp.asarray(kept).reshape(*kept.shape, 1, 1, 1)
+    second = jnp.asarray(np.where(ends & (last > 0), last, problem.max_segments - 1))
+    narrowed = lambda x: jnp.stack([x[:, 0], x[jnp.arange(len(second)), second]], axis=1)
+    narrow = wide | {name: narrowed(wide[name]) for name in ("initial_state", "final_state")}
+    two = dataclasses.replace(problem, max_segments=2)
+    prepared = {name: x for name, x in run_maps(two, narrow).items() if name in PREPARED}
+    got = run_stage("prepared_forward", two, narrow | prepared)
+    wanted = run_stage("forward", problem, wide)
+    wanted["final_state"] = narrowed(wanted["final_state"])
+    rows = ends & (last > 0)  # elsewhere nobody has the second slot
+    assert_equal(got, wanted, lambda x: x[rows])
+    prepared = run_stage("state_gradient", two, narrow)
+    got = run_stage("prepared_backward", two, narrow | {x: prepared[x] for x in PREPARED})
+    wanted = run_stage("backward", problem, wide)
+    for gradients in (got, wanted):  # of the second slot nobody asks for a gradient of a zero
+        gradients["initial_state"] = gradients["initial_state"][:, 0]
+    assert_equal(got, wanted)
+
+
+# ------------------------------------------------------------------------------------------- GPUs
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("case", [PACKED, WHOLE], ids=["packed", "whole"])
-def test_kernels_on_several_gpus(case):
+def test_kernels_on_several_gpus(case, pieces):
     """The kernels on every shard, as accurate as the op promises to be on one device."""
     if jax.device_count() < 2:
         pytest.skip("needs two GPUs")
     case = for_implementation(case, "cuda")
-    compiled = (
-        jax.jit(shard_mapped(case, mesh_of(AUTO, AUTO, shape=(1, 2)), "cuda"))
-        .lower(case.arrays(), case.cotangents())
-        .compile()
-    )
+    mapped = jax.jit(shard_mapped(case, mesh_of(AUTO, AUTO, shape=(1, 2)), "cuda"))
+    with mock.patch.object(_context, "_pieces", lambda named: pieces):
+        compiled = mapped.lower(case.arrays(), case.cotangents()).compile()
     text = compiled.as_text()
-    stages = ("forward", "backward", "state_maps", "state_gradient")
-    assert all(f"jax_flashkda.{stage}" in text for stage in stages)
+    assert all(f"jax_flashkda.{stage}" in text for stage in ONCE)
     got = compiled(case.arrays(), case.cotangents())
     check(case, got)
     again = compiled(case.arrays(), case.cotangents())

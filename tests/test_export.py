@@ -109,7 +109,11 @@ def test_smaller_heads_are_padded(run, declared_kernels):
     assert "jax_flashkda" in text and all(sizes["K"] == 128 for _, sizes in declared_kernels)
 
 
-@pytest.mark.parametrize("stage", ["forward", "backward", "state_maps", "state_gradient"])
+@pytest.mark.parametrize(
+    "stage",
+    ["forward", "backward", "state_maps", "state_gradient"]
+    + ["prepared_forward", "prepared_backward"],
+)
 def test_padding_of_heads_changes_no_result(stage):
     arrays = inputs(K=12, dtype=jnp.float32) | dict(
         A_log=jnp.zeros((2, 2)), dt_bias=jnp.ones((2, 2, 12))
@@ -122,6 +126,9 @@ def test_padding_of_heads_changes_no_result(stage):
         has_A_log=True, has_dt_bias=True, has_initial_state=states, has_segment_ids=True,
     )  # fmt: skip
     arrays |= dict(o=arrays["v"] + 1, final_state=arrays.get("initial_state"))
+    arrays |= dict(prepared=jnp.zeros((2, 2, 70, 1024), jnp.uint8))
+    arrays |= dict(betas=jnp.zeros((2, 2, 70, 4)))
+    arrays |= dict(decays=jnp.zeros((2, 2, 2 + 3, 128)))
     operands = [arrays[name] for name in problem.signature(stage)[0]]
     expected = _primitives._PRIMITIVES[stage].bind(*operands, problem=problem)
     got = _primitives._with_padded_heads(stage, problem, 16, 20, *operands)
@@ -267,12 +274,18 @@ def test_a_shard_runs_kernels_alone(declared_kernels, packed):
         stage: len(calls_of(target, text)) for stage, target in _primitives._FFI_TARGETS.items()
     }
     calls = {stage: count for stage, count in counts.items() if count}
-    backward = 2 if packed else 1  # what ends here, and what goes on
-    assert calls == dict(forward=1, backward=backward, state_maps=1, state_gradient=1)
-    # Rows of one segment are cut into pieces, of 512 tokens at least.
-    rows = {"2x2048"} if packed else {"8x512"}
-    found = {re.search(r": \(tensor<(\d+x\d+)x", call)[1] for call in calls_of(TARGET, text)}
-    assert found == rows
+    assert calls == dict(state_maps=1, prepared_forward=1, state_gradient=1, prepared_backward=1)
+    # Rows are cut into pieces, of 512 tokens at least.
+    rows = "8x512"
+    found = re.findall(r"custom_call @jax_flashkda\.\w+\(.*: \(tensor<(\d+x\d+)x", text)
+    assert len(found) == sum(calls.values()) and set(found) == {rows}
+    # What one call prepares is what the next one takes; packed rows have a slot more than states.
+    types = f"8x2x512x1040xui8>, tensor<8x2x{8 + (4 if packed else 1)}x128xf32"
+    for giver, taker in ("state_maps", "prepared_forward"), ("state_gradient", "prepared_backward"):
+        (given,), (taken,) = (
+            calls_of(_primitives._FFI_TARGETS[stage], text) for stage in (giver, taker)
+        )
+        assert re.search(rf"-> .*{types}", given) and re.search(rf"{types}>\) ->", taken)
 
 
 def test_with_the_extension_itself(monkeypatch):

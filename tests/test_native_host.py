@@ -511,10 +511,23 @@ CALLS = dict(
 # One state slot, and of states what the stage alone has.
 STATE_MAPS = {name: spec for name, spec in OPERANDS.items() if name != "initial_state"}
 MAPS = {"factor": ((B, HV, K, K), "float32"), "offset": ((B, HV, K, V), "float32")}
-CALLS["state_maps"] = (STATE_MAPS, MAPS)
+
+
+def prepared(slots):
+    """Of three chunks a row, and a decay for each of its slots besides."""
+    return {
+        "prepared": ((B, HV, T, 1024), "uint8"),
+        "betas": ((B, HV, T, 4), "float32"),
+        "decays": ((B, HV, 3 + slots, K), "float32"),
+    }
+
+
+CALLS["state_maps"] = (STATE_MAPS, MAPS | prepared(1))
 CALLS["state_gradient"] = (
-    CALLS["backward"][0], {"d_initial_state": OPERANDS["initial_state"]}
+    CALLS["backward"][0], {"d_initial_state": OPERANDS["initial_state"]} | prepared(N)
 )  # fmt: skip
+CALLS["prepared_forward"] = (OPERANDS | prepared(N), RESULTS)
+CALLS["prepared_backward"] = (CALLS["backward"][0] | prepared(N), CALLS["backward"][1])
 ATTRIBUTES = dict(
     gate=np.int32(SOFTPLUS),
     gate_lower_bound=np.float32(-5),
@@ -531,7 +544,7 @@ ATTRIBUTES = dict(
     has_segment_ids=np.bool_(True),
     return_final_state=np.bool_(True),
 )
-STAGE_ATTRIBUTES = {stage: ATTRIBUTES for stage in ("backward", "state_gradient")} | {
+STAGE_ATTRIBUTES = dict.fromkeys(CALLS, ATTRIBUTES) | {
     "forward": ATTRIBUTES | dict(return_chunk_states=np.bool_(True)),
     "state_maps": ATTRIBUTES
     | dict(
@@ -541,7 +554,7 @@ STAGE_ATTRIBUTES = {stage: ATTRIBUTES for stage in ("backward", "state_gradient"
     ),
 }
 # Whose workspace a stage needs, and its slots.
-WORKSPACES = {"state_maps": ("forward", 1), "state_gradient": ("backward", N)}
+WORKSPACES = {"state_maps": ("prepared_forward", 1), "state_gradient": ("prepared_forward", N)}
 
 
 @functools.cache
@@ -699,8 +712,6 @@ def test_a_valid_call_works_after_a_refused_one(stage):
 
 
 def test_handlers_of_a_shard_refuse_states_that_they_do_not_have():
-    attributes = dict(max_segments=np.int64(2))
-    assert "N is 2, must be 1" in refusal(stage="state_maps", **attributes)
     state = {"initial_state": ((B, 1, HV, K, V), "float32")}
     operands = {name: (STATE_MAPS | state)[name] for name in OPERANDS}
     message = refusal(operands, stage="state_maps", has_initial_state=np.bool_(True))

@@ -108,6 +108,13 @@ void check_output_pointers(const ForwardParams& p, Problems& problems) {
   check_pointer("chunk_states", p.chunk_states, false, 16, problems);
 }
 
+// What chunk_prepare leaves, where it has places of its own.
+void check_prepared_pointers(const ForwardParams& p, Problems& problems) {
+  check_pointer("prepared", p.prepared, has_tokens(p.shape), 16, problems);
+  check_pointer("betas", p.betas, has_tokens(p.shape), 16, problems);
+  check_pointer("decays", p.decays, has_tokens(p.shape), 16, problems);
+}
+
 // The cotangents, and a gradient for each float operand of the call and no other.
 void check_gradient_pointers(const BackwardParams& p, Problems& problems) {
   const ForwardShape& s = p.forward.shape;
@@ -225,10 +232,28 @@ Status check_backward(const BackwardParams& params) {
   return problems.status("jax_flashkda.backward");
 }
 
+Status check_prepared_forward(const ForwardParams& params) {
+  Problems problems;
+  check_inputs(params, problems);
+  check_prepared_pointers(params, problems);
+  check_output_pointers(params, problems);
+  if (params.chunk_states != nullptr) problems.add("chunk_states are not a result of it");
+  return problems.status("jax_flashkda.prepared_forward");
+}
+
+Status check_prepared_backward(const BackwardParams& params) {
+  Problems problems;
+  check_inputs(params.forward, problems);
+  check_prepared_pointers(params.forward, problems);
+  check_gradient_pointers(params, problems);
+  return problems.status("jax_flashkda.prepared_backward");
+}
+
 Status check_state_gradient(const BackwardParams& params) {
   Problems problems;
   const ForwardShape& s = params.forward.shape;
   check_inputs(params.forward, problems);
+  check_prepared_pointers(params.forward, problems);
   check_pointer("d_o", params.d_o, has_tokens(s), 16, problems);
   check_pointer("d_final_state", params.d_final_state, false, 16, problems);
   check_pointer("d_initial_state", params.d_initial_state, s.B > 0 && s.N > 0, 16, problems);
@@ -239,7 +264,7 @@ Status check_state_maps(const StateMapsParams& params) {
   Problems problems;
   const ForwardShape& s = params.forward.shape;
   check_inputs(params.forward, problems);
-  if (s.N != 1) problems.add("N is ", s.N, ", must be 1: a row has maps for one segment");
+  check_prepared_pointers(params.forward, problems);
   check_pointer("factor", params.factor, s.B > 0, 16, problems);
   check_pointer("offset", params.offset, s.B > 0, 16, problems);
   return problems.status("jax_flashkda.state_maps");
@@ -259,7 +284,15 @@ int64_t forward_workspace_bytes(const ForwardShape& shape) {
 }
 
 int64_t backward_workspace_bytes(const ForwardShape& shape) {
-  return workspace_bytes(shape, backward_workspace);
+  return workspace_bytes(shape, [](const ForwardShape& s) { return backward_workspace(s); });
+}
+
+int64_t prepared_forward_workspace_bytes(const ForwardShape& shape) {
+  return workspace_bytes(shape, prepared_workspace);
+}
+
+int64_t prepared_backward_workspace_bytes(const ForwardShape& shape) {
+  return workspace_bytes(shape, [](const ForwardShape& s) { return backward_workspace(s, true); });
 }
 
 }  // namespace jax_flashkda

@@ -20,17 +20,21 @@ bool may_leave_slots(const ForwardShape& shape) {
   return shape.B > 0 && shape.N > 0 && (shape.has_segment_ids || shape.T == 0);
 }
 
-// What forward and backward begin with.
+// The tables, which nobody keeps.
+Status find_segments(const ForwardParams& params, const ForwardWorkspace& workspace,
+                     CUstream_st* stream) {
+  return params.shape.has_segment_ids ? sm90::launch_segment_table(params, workspace, stream)
+                                      : Status{};
+}
+
+// What a call begins with that nobody has prepared.
 Status prepare_chunks(const ForwardParams& params, const ForwardWorkspace& workspace,
                       CUstream_st* stream) {
   if (workspace.overlap.processors > 0) {
     if (Status status = sm90::clear_progress(params, workspace, stream); !status.ok())
       return status;
   }
-  if (params.shape.has_segment_ids) {
-    if (Status status = sm90::launch_segment_table(params, workspace, stream); !status.ok())
-      return status;
-  }
+  if (Status status = find_segments(params, workspace, stream); !status.ok()) return status;
   return sm90::launch_chunk_prepare(params, workspace, stream);
 }
 
@@ -55,6 +59,33 @@ BackwardParams for_backward(const BackwardParams& given) {
   return params;
 }
 
+// Of a shard of longer rows, which a segment may go on behind.
+ForwardParams for_shard(const ForwardParams& given) {
+  ForwardParams params = given;
+  params.workspace = aligned_workspace(given.workspace);
+  params.nonzero_beta = false;
+  params.shape.tail_slot = params.shape.has_segment_ids;
+  return params;
+}
+
+BackwardParams for_backward_of_shard(const BackwardParams& given) {
+  BackwardParams params = for_backward(given);
+  params.forward.shape.tail_slot = params.forward.shape.has_segment_ids;
+  return params;
+}
+
+// The workspace, with offsets that lead to what is prepared and lies apart from it.
+ForwardWorkspace place_prepared(const ForwardParams& params, ForwardWorkspace workspace) {
+  const auto offset = [&](const void* place) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(place) -
+                                reinterpret_cast<uintptr_t>(params.workspace));
+  };
+  workspace.operands = offset(params.prepared);
+  workspace.betas = offset(params.betas);
+  workspace.chunk_decay = offset(params.decays);
+  return workspace;
+}
+
 // A slot that no segment uses is passed through, and so is its gradient.
 Status pass_unused_gradients(const BackwardParams& params, const BackwardWorkspace& workspace,
                              CUstream_st* stream) {
@@ -63,6 +94,22 @@ Status pass_unused_gradients(const BackwardParams& params, const BackwardWorkspa
   states.initial_state = params.d_final_state;
   states.final_state = params.d_initial_state;
   return sm90::launch_unused_states(states, workspace.forward, stream);
+}
+
+// The backward of chunks that are prepared.
+Status gradients(const BackwardParams& params, const BackwardWorkspace& workspace,
+                 CUstream_st* stream) {
+  if (has_tokens(params.forward.shape)) {
+    if (Status status = sm90::launch_chunk_state_gradient(params, workspace, stream); !status.ok())
+      return status;
+    if (Status status = sm90::launch_chunk_gradient(params, workspace, stream); !status.ok())
+      return status;
+  }
+  if (params.forward.shape.B > 0) {
+    if (Status status = sm90::launch_gradient_reduce(params, workspace, stream); !status.ok())
+      return status;
+  }
+  return pass_unused_gradients(params, workspace, stream);
 }
 
 }  // namespace
@@ -104,34 +151,49 @@ Status forward(const ForwardParams& given, CUstream_st* stream) {
   return {};
 }
 
+Status prepared_forward(const ForwardParams& given, CUstream_st* stream) {
+  if (Status status = check_prepared_forward(given); !status.ok()) return status;
+  const ForwardParams params = for_shard(given);
+  const ForwardWorkspace workspace = place_prepared(params, prepared_workspace(params.shape));
+  if (has_tokens(params.shape)) {
+    if (Status status = find_segments(params, workspace, stream); !status.ok()) return status;
+    if (Status status = sm90::launch_chunk_state_output(params, workspace, stream); !status.ok())
+      return status;
+  }
+  if (params.final_state != nullptr && may_leave_slots(params.shape))
+    return sm90::launch_unused_states(params, workspace, stream);
+  return {};
+}
+
 Status backward(const BackwardParams& given, CUstream_st* stream) {
   if (Status status = check_backward(given); !status.ok()) return status;
   const BackwardParams params = for_backward(given);
-  const ForwardParams& forward = params.forward;
-  const BackwardWorkspace workspace = backward_workspace(forward.shape);
+  const BackwardWorkspace workspace = backward_workspace(params.forward.shape);
+  if (has_tokens(params.forward.shape)) {
+    if (Status status = prepare_chunks(params.forward, workspace.forward, stream); !status.ok())
+      return status;
+  }
+  return gradients(params, workspace, stream);
+}
 
-  if (has_tokens(forward.shape)) {
-    if (Status status = prepare_chunks(forward, workspace.forward, stream); !status.ok())
-      return status;
-    if (Status status = sm90::launch_chunk_state_gradient(params, workspace, stream); !status.ok())
-      return status;
-    if (Status status = sm90::launch_chunk_gradient(params, workspace, stream); !status.ok())
-      return status;
-  }
-  if (forward.shape.B > 0) {
-    if (Status status = sm90::launch_gradient_reduce(params, workspace, stream); !status.ok())
+Status prepared_backward(const BackwardParams& given, CUstream_st* stream) {
+  if (Status status = check_prepared_backward(given); !status.ok()) return status;
+  const BackwardParams params = for_backward_of_shard(given);
+  BackwardWorkspace workspace = backward_workspace(params.forward.shape, /*prepared_apart=*/true);
+  workspace.forward = place_prepared(params.forward, workspace.forward);
+  if (has_tokens(params.forward.shape)) {
+    if (Status status = find_segments(params.forward, workspace.forward, stream); !status.ok())
       return status;
   }
-  return pass_unused_gradients(params, workspace, stream);
+  return gradients(params, workspace, stream);
 }
 
 Status state_gradient(const BackwardParams& given, CUstream_st* stream) {
   if (Status status = check_state_gradient(given); !status.ok()) return status;
-  BackwardParams params = for_backward(given);
-  const BackwardWorkspace workspace = backward_workspace(params.forward.shape);
+  const BackwardParams params = for_backward_of_shard(given);
+  BackwardWorkspace workspace{};
+  workspace.forward = place_prepared(params.forward, prepared_workspace(params.forward.shape));
   if (has_tokens(params.forward.shape)) {
-    // dv, which nobody asked for, has the place of U, which nobody writes.
-    params.dv = static_cast<uint8_t*>(params.forward.workspace) + workspace.corrected_values;
     if (Status status = prepare_chunks(params.forward, workspace.forward, stream); !status.ok())
       return status;
     if (Status status = sm90::launch_state_gradient(params, workspace, stream); !status.ok())
@@ -143,10 +205,10 @@ Status state_gradient(const BackwardParams& given, CUstream_st* stream) {
 Status state_maps(const StateMapsParams& given, CUstream_st* stream) {
   if (Status status = check_state_maps(given); !status.ok()) return status;
   StateMapsParams params = given;
-  params.forward.workspace = aligned_workspace(given.forward.workspace);
-  params.forward.nonzero_beta = false;
-  const ForwardWorkspace workspace = forward_workspace(params.forward.shape, StageOrder::kSerial);
-  if (!has_tokens(params.forward.shape)) return {};
+  params.forward = for_shard(given.forward);
+  const ForwardShape& shape = params.forward.shape;
+  const ForwardWorkspace workspace = place_prepared(params.forward, prepared_workspace(shape));
+  if (!has_tokens(shape)) return {};
   if (Status status = prepare_chunks(params.forward, workspace, stream); !status.ok())
     return status;
   return sm90::launch_state_maps(params, workspace, stream);

@@ -56,13 +56,17 @@ Status check_step(const StepParams& params);
 Status check_short_conv(const ShortConvParams& params);
 Status check_short_conv_backward(const ShortConvBackwardParams& params);
 Status check_short_conv_step(const ShortConvStepParams& params);
+Status check_prepared_forward(const ForwardParams& params);
+Status check_prepared_backward(const BackwardParams& params);
 Status check_state_maps(const StateMapsParams& params);
-Status check_state_gradient(const BackwardParams& params);  // d_initial_state alone is written
+Status check_state_gradient(const BackwardParams& params);
 
-// Bytes of ForwardParams::workspace for either, zero for shapes that the checks refuse; state_maps
-// needs that of the forward, state_gradient that of the backward.
+// Bytes of ForwardParams::workspace for either, zero for shapes that the checks refuse.
 int64_t forward_workspace_bytes(const ForwardShape& shape);
 int64_t backward_workspace_bytes(const ForwardShape& shape);
+// The same without what chunk_prepare leaves; state_maps and state_gradient need that of the forward.
+int64_t prepared_forward_workspace_bytes(const ForwardShape& shape);
+int64_t prepared_backward_workspace_bytes(const ForwardShape& shape);
 // Of ShortConvBackwardParams::workspace.
 int64_t short_conv_workspace_bytes(const ShortConvShape& shape);
 
@@ -78,7 +82,12 @@ Status step(const StepParams& params, CUstream_st* stream);
 Status convolve(const ShortConvParams& params, CUstream_st* stream);
 Status convolve_backward(const ShortConvBackwardParams& params, CUstream_st* stream);
 Status convolve_step(const ShortConvStepParams& params, CUstream_st* stream);
+// Of a shard of longer rows, before what comes in is known. What they prepare is an operand of the
+// same tokens' forward or backward once it is. With segment_ids all four have ForwardShape::tail_slot.
 Status state_maps(const StateMapsParams& params, CUstream_st* stream);
+// d_initial_state of the segments that begin their rows; of others nothing, or anything.
 Status state_gradient(const BackwardParams& params, CUstream_st* stream);
+Status prepared_forward(const ForwardParams& params, CUstream_st* stream);    // of state_maps
+Status prepared_backward(const BackwardParams& params, CUstream_st* stream);  // of state_gradient
 
 }  // namespace jax_flashkda

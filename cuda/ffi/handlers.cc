@@ -12,9 +12,13 @@
 // backward: operands  those of the forward, d_o [d_final_state]
 //           results   dq dk dv dg d_beta [dA_log] [d_dt_bias] [d_initial_state] workspace
 // state_maps:     operands  those of the forward but initial_state
-//                 results   factor offset workspace
+//                 results   factor offset prepared betas decays workspace
 // state_gradient: operands  those of the backward, initial_state among them
-//                 results   d_initial_state workspace
+//                 results   d_initial_state prepared betas decays workspace
+// prepared_forward:  operands  those of the forward, prepared betas decays      (of state_maps)
+//                    results   o [final_state] workspace
+// prepared_backward: operands  those of the backward, prepared betas decays     (of state_gradient)
+//                    results   those of the backward
 // step:     operands  q k v g beta [A_log] [dt_bias] state [state_indices]
 //           results   o state [token_states]               (the state's memory is the operand's)
 
@@ -35,6 +39,8 @@ constexpr char kBackward[] = "jax_flashkda.backward";
 constexpr char kStep[] = "jax_flashkda.step";
 constexpr char kStateMaps[] = "jax_flashkda.state_maps";
 constexpr char kStateGradient[] = "jax_flashkda.state_gradient";
+constexpr char kPreparedForward[] = "jax_flashkda.prepared_forward";
+constexpr char kPreparedBackward[] = "jax_flashkda.prepared_backward";
 
 // The options that forward, backward and step share.
 template <class Params>
@@ -177,17 +183,51 @@ Operand read_workspace(Call& call, ForwardParams& params) {
   return workspace;
 }
 
-ForwardParams read_forward(Call call) {
-  ForwardParams params{};
-  read_inputs(call, params);
+// What chunk_prepare leaves: results of one stage, operands of another.
+template <class Reader>
+void read_prepared(Reader& reader, ForwardParams& params) {
+  const ForwardShape& s = params.shape;
+  const Operand prepared = reader.next("prepared"), betas = reader.next("betas");
+  const Operand decays = reader.next("decays");
+  prepared.expect_dtype(ffi::U8);
+  prepared.expect_shape("[B, HV, T, " + std::to_string(kOperandBytes) + "]",
+                        {s.B, s.HV, s.T, kOperandBytes});
+  betas.expect_dtype(ffi::F32);
+  betas.expect_shape("[B, HV, T, 4]", {s.B, s.HV, s.T, kBetaBytes / 4});
+  decays.expect_dtype(ffi::F32);
+  decays.expect_shape("[B, HV, ceil(T / 64) + N, K]", {s.B, s.HV, decay_slots(s), s.K});
+  params.prepared = prepared.data<void>();
+  params.betas = betas.data<float>();
+  params.decays = decays.data<float>();
+}
+
+void read_results(Call& call, ForwardParams& params) {
   read_output(call.results.next("o"), "o", params, params.o);
   if (call.attributes.get<bool>("return_final_state"))
     read_state(call.results.next("final_state"), params.shape, params.final_state);
+}
+
+ForwardParams read_forward(Call call) {
+  ForwardParams params{};
+  read_inputs(call, params);
+  read_results(call, params);
   if (call.attributes.get<bool>("return_chunk_states"))
     read_chunk_states(call.results.next("chunk_states"), params);
   const Operand workspace = read_workspace(call, params);
   call.expect_end();
   check_call(check_forward(params), workspace, forward_workspace_bytes(params.shape));
+  return params;
+}
+
+ForwardParams read_prepared_forward(Call call) {
+  ForwardParams params{};
+  read_inputs(call, params);
+  read_prepared(call.operands, params);
+  read_results(call, params);
+  const Operand workspace = read_workspace(call, params);
+  call.expect_end();
+  check_call(check_prepared_forward(params), workspace,
+             prepared_forward_workspace_bytes(params.shape));
   return params;
 }
 
@@ -205,9 +245,10 @@ StateMapsParams read_state_maps(Call call) {
   };
   params.factor = next("factor", "[B, HV, K, K]", s.K);
   params.offset = next("offset", "[B, HV, K, V]", s.V);
+  read_prepared(call.results, forward);
   const Operand workspace = read_workspace(call, forward);
   call.expect_end();
-  check_call(check_state_maps(params), workspace, forward_workspace_bytes(s));
+  check_call(check_state_maps(params), workspace, prepared_forward_workspace_bytes(s));
   return params;
 }
 
@@ -249,9 +290,11 @@ BackwardParams read_state_gradient(Call call) {
   if (!read_inputs(call, forward).initial_state) refuse("initial_state is missing");
   read_cotangents(call, params);
   read_state(call.results.next("d_initial_state"), forward.shape, params.d_initial_state);
+  read_prepared(call.results, forward);
   const Operand workspace = read_workspace(call, forward);
   call.expect_end();
-  check_call(check_state_gradient(params), workspace, backward_workspace_bytes(forward.shape));
+  check_call(check_state_gradient(params), workspace,
+             prepared_forward_workspace_bytes(forward.shape));
   return params;
 }
 
@@ -264,6 +307,20 @@ BackwardParams read_backward(Call call) {
   const Operand workspace = read_workspace(call, forward);
   call.expect_end();
   check_call(check_backward(params), workspace, backward_workspace_bytes(forward.shape));
+  return params;
+}
+
+BackwardParams read_prepared_backward(Call call) {
+  BackwardParams params{};
+  ForwardParams& forward = params.forward;
+  const Present present = read_inputs(call, forward);
+  read_cotangents(call, params);
+  read_prepared(call.operands, forward);
+  read_gradients(call.results, present, params);
+  const Operand workspace = read_workspace(call, forward);
+  call.expect_end();
+  check_call(check_prepared_backward(params), workspace,
+             prepared_backward_workspace_bytes(forward.shape));
   return params;
 }
 
@@ -350,6 +407,12 @@ std::vector<Handler> handlers() {
       {kStateGradient, "initialize", initialize},
       {kStateGradient, "execute",
        executing_handler<kStateGradient, read_state_gradient, state_gradient>()},
+      {kPreparedForward, "initialize", initialize},
+      {kPreparedForward, "execute",
+       executing_handler<kPreparedForward, read_prepared_forward, prepared_forward>()},
+      {kPreparedBackward, "initialize", initialize},
+      {kPreparedBackward, "execute",
+       executing_handler<kPreparedBackward, read_prepared_backward, prepared_backward>()},
       {kStep, "initialize", initialize},
       {kStep, "execute", executing_handler<kStep, read_step, step>()},
   };
@@ -366,6 +429,8 @@ std::vector<Handler> checking_handlers() {
       {kBackward, "execute", checking_handler<kBackward, read_backward>()},
       {kStateMaps, "execute", checking_handler<kStateMaps, read_state_maps>()},
       {kStateGradient, "execute", checking_handler<kStateGradient, read_state_gradient>()},
+      {kPreparedForward, "execute", checking_handler<kPreparedForward, read_prepared_forward>()},
+      {kPreparedBackward, "execute", checking_handler<kPreparedBackward, read_prepared_backward>()},
       {kStep, "execute", checking_handler<kStep, read_step>()},
   };
   for (const Handler& handler : short_conv_checking_handlers()) all.push_back(handler);

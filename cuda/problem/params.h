@@ -26,6 +26,9 @@ struct ForwardShape {
   int64_t V;   // value dim
   int64_t N;   // state slots of a row (1 without segment_ids)
   bool has_segment_ids;
+  // Of packed shards of longer rows: the last slot is that of the segment that ends its row, whatever
+  // its number; the slots before it are those of the first N - 1 others.
+  bool tail_slot = false;
 };
 
 // When the state stage runs. The results are the same bits.
@@ -59,6 +62,12 @@ struct ForwardParams {
   void* workspace;  // workspace_bytes(shape) bytes, uninitialised, 1024-byte aligned by the launch
                     // layer
 
+  // What chunk_prepare leaves, where it outlives the call: written by state_maps and state_gradient,
+  // read by prepared_forward and prepared_backward. All others have it in the workspace.
+  void* prepared;  // [B, HV, T] rows of kOperandBytes: see OperandTile
+  float* betas;    // [B, HV, T] pieces of kBetaBytes
+  float* decays;   // [B, HV, decay_slots(shape), K]  exp(G_C)
+
   Gate gate;
   float gate_lower_bound;
   bool beta_is_logits;
@@ -89,12 +98,12 @@ struct BackwardParams {
   float* d_initial_state;  // [B, N, HV, K, V]  null where the call has no initial_state
 };
 
-// How the first segment of each row moves its state: S -> M S + B. Of a shard of longer rows, what
+// How the segment that ends each row moves its state: S -> M S + B. Of a shard of longer rows, what
 // the others have to know of it.
 struct StateMapsParams {
-  ForwardParams forward;  // N = 1; initial_state, o and final_state null
+  ForwardParams forward;  // initial_state, o and final_state null; prepared and decays not
 
-  float* factor;  // M [B, HV, K, K]  not written for a row without a segment
+  float* factor;  // M [B, HV, K, K]  not written for a row that ends in padding
   float* offset;  // B [B, HV, K, V]  likewise
 };
 

@@ -21,14 +21,23 @@ __device__ __forceinline__ Int clamp_to(Int value, Int low, Int high) {
   return value < low ? low : value > high ? high : value;
 }
 
+// The state slot of a segment, by its number, that ends ahead of token `end`; or -1.
+__device__ __forceinline__ int32_t state_slot(const ForwardShape& shape, int32_t segment,
+                                              int32_t end) {
+  const int32_t N = static_cast<int32_t>(shape.N);
+  if (segment < N - shape.tail_slot) return segment;
+  return shape.tail_slot && end == shape.T ? N - 1 : -1;
+}
+
 // Whole chunks are always asked for; a shorter one ends its segment and matters to a kept final
 // state alone.
 __device__ __forceinline__ int32_t chunk_decay_slot(const ForwardShape& shape, int32_t start,
                                                     int32_t length, int32_t segment) {
   constexpr int32_t kTokens = static_cast<int32_t>(kChunk);
   if (length == kTokens) return start / kTokens;
-  if (segment >= shape.N) return -1;
-  return static_cast<int32_t>((static_cast<uint32_t>(shape.T) + kTokens - 1) / kTokens) + segment;
+  const int32_t slot = state_slot(shape, segment, start + length);
+  if (slot < 0) return -1;
+  return static_cast<int32_t>((static_cast<uint32_t>(shape.T) + kTokens - 1) / kTokens) + slot;
 }
 
 __device__ __forceinline__ Chunk chunk_from_entry(const ForwardShape& shape,
@@ -80,7 +89,10 @@ __device__ __forceinline__ Segment segment_from_entry(const ForwardShape& shape,
   segment.row = clamp_to<int64_t>(entry.row, 0, shape.B - 1);
   segment.start = clamp_to<int64_t>(entry.start, 0, shape.T - 1);
   segment.length = clamp_to<int64_t>(entry.length, 1, shape.T - segment.start);
-  segment.slot = entry.segment >= 0 && entry.segment < shape.N ? entry.segment : -1;
+  segment.slot = entry.segment < 0
+                     ? -1
+                     : state_slot(shape, entry.segment,
+                                  static_cast<int32_t>(segment.start + segment.length));
   return segment;
 }
 

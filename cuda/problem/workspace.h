@@ -178,18 +178,27 @@ struct WorkspaceLayout {
   }
 };
 
+// A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row shares.
+// A shorter chunk ends its segment, so its decay matters to a final state alone: it uses the slot of
+// its segment behind those.
+inline int64_t decay_slots(const ForwardShape& shape) {
+  return (shape.T + kChunk - 1) / kChunk + shape.N;
+}
+
+// Without operands and decays, where these have places of their own (ForwardParams::prepared): the
+// call's workspace is what else there is, and the offsets that lead to them are filled in later.
 inline ForwardWorkspace forward_workspace(const ForwardShape& shape,
-                                          StageOrder order = StageOrder::kByShape) {
+                                          StageOrder order = StageOrder::kByShape,
+                                          bool prepared_apart = false) {
   ForwardWorkspace w{};
   WorkspaceLayout layout;
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
-  w.operands = layout.take(head_tokens * kOperandBytes);
-  w.betas = layout.take(head_tokens * kBetaBytes);
-  // A whole chunk that starts at t uses slot t / kChunk, which no other whole chunk of the row
-  // shares. A shorter chunk ends its segment, so its decay matters to a final state alone: it uses
-  // the slot of its segment behind those.
-  w.decay_slots = (shape.T + kChunk - 1) / kChunk + shape.N;
-  w.chunk_decay = layout.take(shape.B * shape.HV * w.decay_slots * shape.K * 4);
+  w.decay_slots = decay_slots(shape);
+  if (!prepared_apart) {
+    w.operands = layout.take(head_tokens * kOperandBytes);
+    w.betas = layout.take(head_tokens * kBetaBytes);
+    w.chunk_decay = layout.take(shape.B * shape.HV * w.decay_slots * shape.K * 4);
+  }
   if (shape.has_segment_ids) {
     w.chunk_table = layout.take(shape.B * shape.T * static_cast<int64_t>(sizeof(ChunkEntry)));
     w.segment_table = layout.take(shape.B * shape.T * static_cast<int64_t>(sizeof(SegmentEntry)));
@@ -207,6 +216,11 @@ inline ForwardWorkspace forward_workspace(const ForwardShape& shape,
   w.progress_bytes = layout.end - w.progress;
   w.bytes = layout.end;
   return w;
+}
+
+// Of a call whose operands lie apart: there is nothing to overlap with, and rows are not cut.
+inline ForwardWorkspace prepared_workspace(const ForwardShape& shape) {
+  return forward_workspace(shape, StageOrder::kWholeRows, /*prepared_apart=*/true);
 }
 
 // Whether no state meets a short segment, so that it needs no chunk. The results are those of
@@ -253,9 +267,11 @@ struct BackwardWorkspace {
   int64_t bytes;
 };
 
-inline BackwardWorkspace backward_workspace(const ForwardShape& shape) {
+inline BackwardWorkspace backward_workspace(const ForwardShape& shape,
+                                            bool prepared_apart = false) {
   BackwardWorkspace w{};
-  w.forward = forward_workspace(shape, StageOrder::kSerial);
+  w.forward = prepared_apart ? prepared_workspace(shape)
+                             : forward_workspace(shape, StageOrder::kSerial);
   WorkspaceLayout layout{w.forward.bytes};
   const int64_t head_tokens = shape.B * shape.HV * shape.T;
   w.boundary_slots = (shape.T + kChunk - 1) / kChunk;

@@ -45,7 +45,7 @@ Status launch_chunk_prepare(const ForwardParams& params, const ForwardWorkspace&
 // directly behind launch_chunk_prepare.
 Status launch_chunk_state_pieces(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
-// The maps of each row's first segment; directly behind launch_chunk_prepare of params.forward.
+// The maps of the segment that ends each row; directly behind launch_chunk_prepare of params.forward.
 Status launch_state_maps(const StateMapsParams& params, const ForwardWorkspace& workspace,
                          CUstream_st* stream);
 // Directly behind launch_chunk_prepare, or launch_chunk_state_pieces where there are pieces.
@@ -62,7 +62,7 @@ Status launch_short_segments(const ForwardParams& params, const ForwardWorkspace
 // backwards, for the state gradients at its boundaries, dv and d_initial_state.
 Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                                    CUstream_st* stream);
-// Backwards alone: d_initial_state; dv and the boundaries' gradients are written all the same.
+// Backwards alone, the segment that begins each row: nothing is kept but its d_initial_state.
 Status launch_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                              CUstream_st* stream);
 // All chunks at once: dq, dk (of each value head where HV > H), dg, d_beta, partial sums of dA_log

@@ -43,6 +43,8 @@ template <int kValueTiles_, uint32_t kTileSet, int kStages_, bool kReverse_,
 struct Config {
   static constexpr int kValueTiles = kValueTiles_;
   static constexpr bool kReverse = kReverse_;
+  // Of packed rows, walk the segment that begins or ends each of them and no other.
+  static constexpr bool kOnlyRowStarts = false, kOnlyRowEnds = false;
   static constexpr int kHeadDim = 128;                      // K and V
   static constexpr int kColumns = 64;                       // of V, of one warpgroup
   static constexpr int kStages = kStages_;                  // as many as fit
@@ -139,6 +141,10 @@ __device__ __forceinline__ void for_each_chunk(const ForwardParams& p, const For
         0};
     const Segment segment =
         segment_from_entry(p.shape, p.shape.has_segment_ids ? entries[index] : cut);
+    if (Config::kOnlyRowStarts && segment.start > 0) continue;
+    if (Config::kOnlyRowEnds && p.shape.has_segment_ids &&
+        segment.start + segment.length < p.shape.T)
+      continue;
     ChunkHeader header;
     header.state =
         segment.slot < 0 ? -1 : (segment.row * p.shape.N + segment.slot) * p.shape.HV + head;
@@ -255,9 +261,10 @@ __device__ __forceinline__ void load_rows(typename Config::Shared& s, const Forw
                             (header.head * Config::kHeadDim + header.value_column) * 2 + 16 * piece;
       // Fewer stages of rows than of operands: the next rows have little time, so they come to L2
       // ahead of it.
+      constexpr int64_t kAhead = Config::kReverse ? -kChunk : kChunk;
       if (Config::kRowStages < Config::kStages && !header.last && thread < kChunk &&
-          header.token + kChunk + thread < p.shape.B * p.shape.T) {
-        const uint8_t* next = rows - 16 * piece + (kChunk + thread) * stride;
+          header.token + kAhead + thread < p.shape.B * p.shape.T) {
+        const uint8_t* next = rows - 16 * piece + (kAhead + thread) * stride;
         prefetch_to_l2(next);
         if (Config::kValueTiles > 1) prefetch_to_l2(next + 128);
       }

@@ -44,6 +44,12 @@ inline std::vector<Run> runs(const Call& c, int64_t b) {
   return found;
 }
 
+inline int64_t most_segments(const Call& c) {
+  size_t most = 0;
+  for (int64_t b = 0; b < c.B; ++b) most = std::max(most, runs(c, b).size());
+  return int64_t(most);
+}
+
 // One head of one row.
 class HeadGradient {
  public:

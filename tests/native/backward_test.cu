@@ -102,23 +102,58 @@ double corrected_value_error(const Launch& launch, int64_t offset, const Case& c
   return relative_rms(expected, [&](size_t i) { return double(got[i]); });
 }
 
-// state_gradient leaves the bits of the backward's d_initial_state, and nothing else.
-bool check_state_gradient(Launch& launch, const Case& c, const Cotangents& d) {
+// What state_gradient leaves of d_initial_state: that of segments which begin their rows, and what
+// slots without a segment pass through; of all others nothing.
+std::vector<uint8_t> initial_gradients(const Case& c, const std::vector<uint8_t>& all,
+                                       std::vector<uint8_t> before) {
+  const int64_t slot_bytes = c.call.HV * Call::K * Call::V * 4;
+  for (int64_t b = 0; b < c.call.B; ++b) {
+    const auto segments = oracle::runs(c.call, b);
+    for (int64_t n = 0; n < c.call.N; ++n) {
+      const bool first = n == 0 && !segments.empty() && segments[0].start == 0;
+      if (!first && n < int64_t(segments.size())) continue;
+      const int64_t at = (b * c.call.N + n) * slot_bytes;
+      std::copy_n(all.begin() + at, slot_bytes, before.begin() + at);
+    }
+  }
+  return before;
+}
+
+// state_gradient leaves the bits of the backward's d_initial_state and no other gradient, and the
+// backward of what it has prepared those of the backward. Slots for all segments and one more.
+bool check_state_gradient(Case c) {
   if (c.call.initial_state.empty()) return true;
-  Launch alone(c, d);
+  if (c.call.has_segment_ids) {
+    c.call.N = 1 + oracle::most_segments(c.call);
+    add_initial_state(c);
+  }
+  const Cotangents d = make_cotangents(c);
+  Launch launch(c, d), alone(c, d);
+  bool ran = launch.run(0xFF);
   alone.poison(0xFF);
-  const auto before = alone.bits();
+  auto expected = alone.bits();
+  expected.back() = initial_gradients(c, launch.bits().back(), expected.back());
+  const ForwardShape& shape = alone.params.shape;
+  const Prepared prepared(shape);
+  Workspace small(prepared_forward_workspace_bytes(shape));
+  Workspace large(prepared_backward_workspace_bytes(shape));
+  for (Workspace* workspace : {&small, &large}) workspace->fill(0xFF), workspace->set_canary();
   BackwardParams call = alone.call;
-  call.dq = call.dk = call.dv = call.dg = call.d_beta = nullptr;
-  call.dA_log = call.d_dt_bias = nullptr;
-  const Status status = state_gradient(call, nullptr);
-  if (!status.ok()) std::printf("  %s\n", status.message.c_str());
+  prepared.give_to(call.forward);
+  call.forward.workspace = large.data();
+  BackwardParams initial = call;
+  initial.forward.workspace = small.data();
+  initial.dq = initial.dk = initial.dv = initial.dg = initial.d_beta = nullptr;
+  initial.dA_log = initial.d_dt_bias = nullptr;
+  ran &= accepted(state_gradient(initial, nullptr));
   CHECK_CUDA(cudaDeviceSynchronize());
-  auto expected = before;
-  expected.back() = launch.bits().back();
-  const bool same = status.ok() && alone.workspace.intact() && alone.bits() == expected;
+  const bool same = alone.bits() == expected;
   if (!same) std::printf("  state_gradient differs");
-  return same;
+  ran &= accepted(prepared_backward(call, nullptr));
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const bool handed = alone.bits() == launch.bits();
+  if (!handed) std::printf("  the prepared backward differs");
+  return ran && same && handed && small.intact() && large.intact();
 }
 
 bool check(const Case& c) {
@@ -145,7 +180,7 @@ bool check(const Case& c) {
             /*of_gate=*/i >= 3 && i <= 6);
   }
   const bool repeats = launch.repeats(good);
-  good &= check_state_gradient(launch, c, d);
+  good &= check_state_gradient(c);
   std::printf("%s\n", repeats ? "" : "  NOT REPEATABLE");
   std::fflush(stdout);
   return good && accurate && repeats;

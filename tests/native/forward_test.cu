@@ -11,6 +11,7 @@
 #include <string>
 
 #include "judged_draws.h"
+#include "backward_oracle.h"
 #include "launch.h"
 
 namespace {
@@ -177,19 +178,44 @@ std::vector<Case> short_cases() {
   return list;
 }
 
-// state_maps: M S + B of the first segment of each row is its final state, from any state S.
+// The forward of what state_maps has prepared leaves the bits of one that prepares for itself and
+// cuts no row, and reads no q, k, g and beta.
+bool check_prepared(const Case& c, const Prepared& prepared) {
+  Launch whole(c), handed(c);
+  whole.params.stage_order = StageOrder::kWholeRows;
+  const bool ran = whole.run(0xFF);
+  handed.poison(0xFF);
+  for (DeviceBuffer* unread : {&handed.q, &handed.k, &handed.g, &handed.beta}) unread->fill(0xFF);
+  Workspace workspace(prepared_forward_workspace_bytes(handed.params.shape));
+  workspace.fill(0xFF);
+  workspace.set_canary();
+  ForwardParams params = handed.params;
+  params.workspace = workspace.data();
+  prepared.give_to(params);
+  const auto before = prepared.bytes();
+  const bool accepted_it = accepted(prepared_forward(params, nullptr));
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const bool same = handed.bits() == whole.bits() && prepared.bytes() == before;
+  if (!same) std::printf("  the prepared forward differs");
+  return ran && accepted_it && workspace.intact() && same;
+}
+
+// state_maps: M S + B of the segment that ends a row is its final state, from any state S. Slots for
+// all segments and one more.
 bool check_maps(Case c) {
-  c.call.N = 1;
+  c.call.N = c.call.has_segment_ids ? 1 + oracle::most_segments(c.call) : 1;
   add_initial_state(c);
   Inputs inputs(c);
   const ForwardShape& s = inputs.params.shape;
   const int64_t maps = s.B * s.HV, state = s.K * s.V;
   DeviceBuffer factor(maps * state * 4), offset(maps * state * 4);
-  Workspace workspace(forward_workspace_bytes(s));
+  const Prepared prepared(s);
+  Workspace workspace(prepared_forward_workspace_bytes(s));
   StateMapsParams params{inputs.params, static_cast<float*>(factor.data()),
                          static_cast<float*>(offset.data())};
   params.forward.initial_state = nullptr;
   params.forward.workspace = workspace.data();
+  prepared.give_to(params.forward);
   bool good = true;
   std::vector<uint32_t> bits[2];
   for (auto& of_run : bits) {
@@ -205,19 +231,29 @@ bool check_maps(Case c) {
   }
   const bool repeats = bits[0] == bits[1];
   const auto M = factor.download<float>(), B = offset.download<float>();
-  std::vector<double> behind(B.begin(), B.end());
-  for (int64_t i = 0; i < maps; ++i)
-    for (int64_t row = 0; row < s.K; ++row)
-      for (int64_t j = 0; j < s.K; ++j)
-        for (int64_t v = 0; v < s.V; ++v)
-          behind[i * state + row * s.V + v] +=
-              double(M[i * state + row * s.K + j]) * c.call.initial_state[i * state + j * s.V + v];
-  const double error =
-      relative_rms(oracle::forward(c.call).final_state, [&](size_t i) { return behind[i]; });
+  const auto final_state = oracle::forward(c.call).final_state;
+  std::vector<double> behind, expected;
+  for (int64_t b = 0; b < s.B; ++b) {
+    const auto segments = oracle::runs(c.call, b);
+    if (segments.empty() || segments.back().start + segments.back().length < s.T) continue;
+    for (int64_t h = 0; h < s.HV; ++h) {
+      const int64_t map = (b * s.HV + h) * state;
+      const int64_t slot = ((b * s.N + segments.back().slot) * s.HV + h) * state;
+      for (int64_t row = 0; row < s.K; ++row)
+        for (int64_t v = 0; v < s.V; ++v) {
+          double x = B[map + row * s.V + v];
+          for (int64_t j = 0; j < s.K; ++j)
+            x += double(M[map + row * s.K + j]) * c.call.initial_state[slot + j * s.V + v];
+          behind.push_back(x);
+          expected.push_back(final_state[slot + row * s.V + v]);
+        }
+    }
+  }
+  const double error = relative_rms(expected, [&](size_t i) { return behind[i]; });
   const bool accurate = error <= c.limit;  // false for NaN
   std::printf("%-44s M S + B %.2e  (limit %.3f)%s%s\n", c.name.c_str(), error, c.limit,
               accurate ? "" : "  INACCURATE", repeats ? "" : "  NOT REPEATABLE");
-  return good && accurate && repeats;
+  return good && accurate && repeats && check_prepared(c, prepared);
 }
 
 std::vector<Case> map_cases() {
@@ -230,7 +266,7 @@ std::vector<Case> map_cases() {
   list.push_back(
       make_case("maps, no decay", shape(1, 130, 1, 1), {Regime::kRandom, Regime::kNone}));
   list.push_back(make_case("maps, more than one a CTA", raw_shape(G::kSoftplus, 2, 280, 80, 80)));
-  // Padding before the segment and behind it; and segments behind it, which have no maps.
+  // A row that ends in padding, which has no maps, and segments before the one that ends a row.
   list.push_back(packed_case("maps, packed", 2, 2, 1,
                              ids_from_lengths({{0, 7}, {3, 150}, {-1, 43}, {5, 70}, {6, 130}})));
   return list;

@@ -83,6 +83,31 @@ struct Workspace {
   DeviceBuffer buffer;
 };
 
+// What chunk_prepare leaves, apart from the workspace.
+struct Prepared {
+  explicit Prepared(const jax_flashkda::ForwardShape& s)
+      : operands(s.B * s.HV * s.T * jax_flashkda::kOperandBytes),
+        betas(s.B * s.HV * s.T * jax_flashkda::kBetaBytes),
+        decays(s.B * s.HV * jax_flashkda::decay_slots(s) * s.K * 4) {
+    if (poisoned) operands.fill(0xFF), betas.fill(0xFF), decays.fill(0xFF);
+  }
+  void give_to(jax_flashkda::ForwardParams& params) const {
+    params.prepared = operands.data();
+    params.betas = static_cast<float*>(betas.data());
+    params.decays = static_cast<float*>(decays.data());
+  }
+  std::vector<uint8_t> bytes() const {
+    auto all = operands.download<uint8_t>();
+    for (const DeviceBuffer* buffer : {&betas, &decays}) {
+      const auto more = buffer->download<uint8_t>();
+      all.insert(all.end(), more.begin(), more.end());
+    }
+    return all;
+  }
+
+  DeviceBuffer operands, betas, decays;
+};
+
 // A result, in one of two types.
 struct Output {
   Output(const char* text, size_t elements, bool is_bf16)

@@ -135,8 +135,10 @@ __device__ __forceinline__ void fill_boundary(uint8_t* image, const float* state
 __device__ __forceinline__ CallerStates find_caller_states(const BackwardParams& b,
                                                            const Item& item, int64_t head) {
   const ForwardShape& shape = b.forward.shape;
-  if (item.segment < 0 || item.segment >= shape.N) return {};
-  const int64_t at = ((item.row * shape.N + item.segment) * shape.HV + head) * shape.K * shape.V;
+  if (item.segment < 0) return {};
+  const int32_t slot = state_slot(shape, item.segment, item.start + item.length);
+  if (slot < 0) return {};
+  const int64_t at = ((item.row * shape.N + slot) * shape.HV + head) * shape.K * shape.V;
   const float *initial = b.forward.initial_state, *d_final = b.d_final_state;
   return {item.first && initial != nullptr ? initial + at : nullptr,
           item.last && d_final != nullptr ? d_final + at : nullptr};

@@ -15,9 +15,11 @@
 // accumulators, transposed [64 V x 128 K], and everything [64 V x 64 tokens] that is multiplied
 // becomes a register operand where it is.
 //
-// Read: the workspace's operands, v or d_o [B, T, HV, V], initial_state or d_final_state. Written:
+// Read: the prepared operands, v or d_o [B, T, HV, V], initial_state or d_final_state. Written:
 // S or dS at each boundary between two chunks, as bf16 images; U; dv [B, T, HV, V],
 // d_initial_state.
+//
+// chunk_initial_gradient_kernel walks backwards alone and leaves nothing but d_initial_state.
 #pragma once
 
 #include "sm90/chunk_state_gradient/config.h"
@@ -71,7 +73,7 @@ template <class Config>
 struct StateWarps {
   const BackwardParams& p;
   const BackwardWorkspace& w;
-  BoundaryStage& boundary;
+  BoundaryStage* boundary;
   const Place at;
   State state;
 
@@ -89,7 +91,7 @@ struct StateWarps {
     uint32_t values[4][4];
     stage.wait_for_rows();
     load_rows_transposed(values, stage.rows[at.tile], at);
-    if (!header.first) store_boundary(a, boundary, workspace + w.states, header, at);
+    if (!header.first) store_boundary(a, *boundary, workspace + w.states, header, at);
     wgmma_wait<0>();
     fence_registers(projected);
 
@@ -115,7 +117,7 @@ template <class Config>
 struct StateGradientWarps {
   const BackwardParams& p;
   const BackwardWorkspace& w;
-  BoundaryStage& boundary;
+  BoundaryStage* boundary;  // null unless the config keeps chunks
   const Place at;
   State state;
 
@@ -124,7 +126,6 @@ struct StateGradientWarps {
   }
 
   __device__ void chunk(const typename Config::Stage& stage) {
-    uint8_t* workspace = static_cast<uint8_t*>(p.forward.workspace);
     const ChunkHeader header = stage.header;
     const float scale = p.forward.scale;
     uint32_t a[32], d_o[4][4];
@@ -140,7 +141,10 @@ struct StateGradientWarps {
     for (int i = 0; i < 4; ++i)
       product_transposed(from_output, d_o[i], 0, operand<kTileAqk, Config>(stage) + 128 * i, i > 0);
     wgmma_commit();
-    if (!header.first) store_boundary(a, boundary, workspace + w.state_gradients, header, at);
+    if constexpr (Config::kKeepsChunks) {
+      uint8_t* images = static_cast<uint8_t*>(p.forward.workspace) + w.state_gradients;
+      if (!header.first) store_boundary(a, *boundary, images, header, at);
+    }
     wgmma_wait<0>();
     fence_registers(from_state);
     fence_registers(from_output);
@@ -182,7 +186,8 @@ struct StateGradientWarps {
     for (int i = 0; i < 4; ++i)
       product_transposed(state, minus_dv, i, operand<kTileKDecayed, Config>(stage, 8192), true);
     wgmma_commit();
-    store_rows(dv_operand, stage.rows[at.tile], p.dv, p.forward.shape, header, at);
+    if constexpr (Config::kKeepsChunks)
+      store_rows(dv_operand, stage.rows[at.tile], p.dv, p.forward.shape, header, at);
     wgmma_wait<0>();
     fence_registers(state);
     fence_registers(read_out);
@@ -198,7 +203,7 @@ template <class Config, template <class> class Warps>
 __device__ __forceinline__ void scan_boundaries(const BackwardParams& p, const BackwardWorkspace& w,
                                                 const void* rows, const Share& share) {
   scan<Config>(p.forward, w.forward, rows, share, [&](typename Config::Shared& s, const Place& at) {
-    Warps<Config> warps{p, w, s.boundary[at.tile], at};
+    Warps<Config> warps{p, w, &s.boundary[at.tile], at};
     consume_chunks<Config>(s, warps);
     if (at.lane == 0) bulk_store_wait_read();  // shared memory outlives the copies that read it
   });
@@ -217,6 +222,19 @@ __global__ void __launch_bounds__(128 * (kValueTiles + 1), 1)
     const Share share = {blockIdx.x - backward_ctas, gridDim.x - backward_ctas};
     scan_boundaries<ForwardConfig<kValueTiles>, StateWarps>(p, w, p.forward.v, share);
   }
+}
+
+template <int kValueTiles>
+__global__ void __launch_bounds__(128 * (kValueTiles + 1), 1)
+    chunk_initial_gradient_kernel(const __grid_constant__ BackwardParams p,
+                                  const __grid_constant__ BackwardWorkspace w) {
+  using Config = InitialConfig<kValueTiles>;
+  const Share share = {blockIdx.x, gridDim.x};
+  scan<Config>(p.forward, w.forward, p.d_o, share,
+               [&](typename Config::Shared& s, const Place& at) {
+                 StateGradientWarps<Config> warps{p, w, nullptr, at};
+                 consume_chunks<Config>(s, warps);
+               });
 }
 
 }  // namespace jax_flashkda::chunk_state_gradient

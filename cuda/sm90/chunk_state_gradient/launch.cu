@@ -8,8 +8,10 @@
 namespace jax_flashkda::sm90 {
 
 using chunk_state_gradient::BackwardConfig;
+using chunk_state_gradient::chunk_initial_gradient_kernel;
 using chunk_state_gradient::chunk_state_gradient_kernel;
 using chunk_state_gradient::ForwardConfig;
+using chunk_state_gradient::InitialConfig;
 
 namespace {
 
@@ -20,53 +22,75 @@ constexpr size_t shared_bytes() {
 }
 
 template <int kValueTiles>
-Status raise_limit() {
-  return cuda_status(cudaFuncSetAttribute(chunk_state_gradient_kernel<kValueTiles>,
+constexpr size_t initial_bytes() {
+  return sizeof(typename InitialConfig<kValueTiles>::Shared);
+}
+static_assert(initial_bytes<2>() <= 227 * 1024);
+
+template <int kValueTiles>
+Status raise_limits() {
+  Status status = cuda_status(cudaFuncSetAttribute(chunk_state_gradient_kernel<kValueTiles>,
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes<kValueTiles>())),
+                              "chunk_state_gradient_kernel: cudaFuncSetAttribute");
+  if (!status.ok()) return status;
+  return cuda_status(cudaFuncSetAttribute(chunk_initial_gradient_kernel<kValueTiles>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes<kValueTiles>())),
-                     "chunk_state_gradient_kernel: cudaFuncSetAttribute");
+                                          static_cast<int>(initial_bytes<kValueTiles>())),
+                     "chunk_initial_gradient_kernel: cudaFuncSetAttribute");
 }
 
-// The walks backwards, and forwards too if `directions` is 2.
+// `ctas` walk backwards, and as many forwards.
 template <int kValueTiles>
-Status launch(const BackwardParams& params, const BackwardWorkspace& workspace, int64_t chains,
-              int sms, unsigned directions, CUstream_st* stream) {
-  const unsigned ctas = static_cast<unsigned>(std::min<int64_t>(chains * (2 / kValueTiles), sms));
+Status launch_both(const BackwardParams& params, const BackwardWorkspace& workspace, unsigned ctas,
+                   CUstream_st* stream) {
   clear_older_error();
-  chunk_state_gradient_kernel<kValueTiles>
-      <<<directions * ctas, ForwardConfig<kValueTiles>::kThreads, shared_bytes<kValueTiles>(),
-         stream>>>(params, workspace, ctas);
+  chunk_state_gradient_kernel<kValueTiles><<<2 * ctas, ForwardConfig<kValueTiles>::kThreads,
+                                             shared_bytes<kValueTiles>(), stream>>>(
+      params, workspace, ctas);
   return launch_status("chunk_state_gradient_kernel");
 }
 
+template <int kValueTiles>
+Status launch_initial(const BackwardParams& params, const BackwardWorkspace& workspace,
+                      unsigned ctas, CUstream_st* stream) {
+  clear_older_error();
+  chunk_initial_gradient_kernel<kValueTiles><<<ctas, InitialConfig<kValueTiles>::kThreads,
+                                               initial_bytes<kValueTiles>(), stream>>>(params,
+                                                                                       workspace);
+  return launch_status("chunk_initial_gradient_kernel");
+}
+
+using Launch = Status (*)(const BackwardParams&, const BackwardWorkspace&, unsigned, CUstream_st*);
+
 // Two CTAs share a head while that leaves none waiting, in either direction. Both give the same
 // bits.
-Status launch_directions(const BackwardParams& params, const BackwardWorkspace& workspace,
-                         unsigned directions, CUstream_st* stream) {
+Status launch(Launch half_heads, Launch whole_heads, int directions, const BackwardParams& params,
+              const BackwardWorkspace& workspace, CUstream_st* stream) {
   const ForwardShape& shape = params.forward.shape;
   int sms = 0;
   if (Status status = multiprocessors(sms); !status.ok()) return status;
+  const bool half = shape.B * shape.HV * 2 * directions <= sms;
   const int64_t chains = (shape.has_segment_ids ? shape.B * shape.T : shape.B) * shape.HV;
-  if (shape.B * shape.HV * 2 * directions <= sms)
-    return launch<1>(params, workspace, chains, sms, directions, stream);
-  return launch<2>(params, workspace, chains, sms, directions, stream);
+  const auto ctas = static_cast<unsigned>(std::min<int64_t>(chains * (half ? 2 : 1), sms));
+  return (half ? half_heads : whole_heads)(params, workspace, ctas, stream);
 }
 
 }  // namespace
 
 Status initialize_chunk_state_gradient() {
-  if (Status status = raise_limit<1>(); !status.ok()) return status;
-  return raise_limit<2>();
+  if (Status status = raise_limits<1>(); !status.ok()) return status;
+  return raise_limits<2>();
 }
 
 Status launch_chunk_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                                    CUstream_st* stream) {
-  return launch_directions(params, workspace, /*directions=*/2, stream);
+  return launch(launch_both<1>, launch_both<2>, /*directions=*/2, params, workspace, stream);
 }
 
 Status launch_state_gradient(const BackwardParams& params, const BackwardWorkspace& workspace,
                              CUstream_st* stream) {
-  return launch_directions(params, workspace, /*directions=*/1, stream);
+  return launch(launch_initial<1>, launch_initial<2>, /*directions=*/1, params, workspace, stream);
 }
 
 }  // namespace jax_flashkda::sm90

@@ -12,10 +12,13 @@ enum Map : int32_t {
   kMaps = 2,
 };
 
-using MapConfig = state_scan::Config<2,
-                                     state_scan::kKDecayedTiles | state_scan::kKRestoredTiles |
-                                         state_scan::kAkkInvTile,
-                                     /*kStages=*/3, /*kReverse=*/false>;
+struct MapConfig
+    : state_scan::Config<2,
+                         state_scan::kKDecayedTiles | state_scan::kKRestoredTiles |
+                             state_scan::kAkkInvTile,
+                         /*kStages=*/3, /*kReverse=*/false> {
+  static constexpr bool kOnlyRowEnds = true;
+};
 
 struct CombineConfig {
   static constexpr int kColumns = 8;  // of V, of a CTA: columns of the state move independently

@@ -8,7 +8,7 @@
 // from piece to piece, S_p+1 = M_p S_p + B_p in fp32, and leaves each state in B's place, where
 // chunk_state_output finds what its piece starts from.
 //
-// state_maps stops after the maps, of one piece: the first segment of each row.
+// state_maps stops after the maps, of one piece: the segment that ends each row.
 //
 // Grids: persistent CTAs over (row, piece, value head); a CTA for each (row, value head) and
 // 8 columns of V. Read: the workspace's operands, v, initial_state. Written: the piece maps.
@@ -69,7 +69,7 @@ struct MapWarps {
     const ChunkHeader header = stage.header;
     stage.release(at.lane);
     stage.release_rows(at.lane);
-    if (!header.last || header.state < 0) return;  // a row has maps for one segment
+    if (!header.last) return;
     const int64_t place =
         map_place(p.shape, w.pieces, header.token / p.shape.T, header.piece, header.head) / kMaps;
     store_state(offset, maps.offset, place * maps.stride, header, at);

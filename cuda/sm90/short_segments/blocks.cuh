@@ -1,7 +1,7 @@
 // Segments of 2 to 32 tokens, a warp each: scores to the chunk's matrices to the output,
 //   U = (I + A_kk)^-1 Diag(beta) V    O = scale A_qk U
-// The last two products are transposed: V's columns are rows of the accumulators, so U is an operand
-// of the next product where it is, and so is A_qk.
+// The last two products are transposed: V's columns are rows of the accumulators, so U is an
+// operand of the next product where it is, and so is A_qk.
 #pragma once
 
 #include "sm90/short_segments/factors.cuh"
@@ -49,11 +49,12 @@ __device__ __forceinline__ void finish_norms(Tokens& tokens, const Squares& squa
           __shfl_sync(0xffffffffu, tokens.k_norm[n], 4 * (2 * at.quarter() + e));
 }
 
-// Scores to A_qk, packed, and A_kk, to its place in the warp's matrix; kOwn: of a block with itself.
+// Scores to A_qk, packed, and A_kk, to its place in the warp's matrix; kOwn: of a block with
+// itself.
 template <bool kOwn>
 __device__ __forceinline__ void finish_scores(Operand& A_qk, float* A_kk, Scores& scores,
-                                              const Tokens& rows,
-                                              const float (&column_norm)[2][2], const Place& at) {
+                                              const Tokens& rows, const float (&column_norm)[2][2],
+                                              const Place& at) {
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -193,7 +194,7 @@ __device__ __forceinline__ void multiply_values(Config::Warp& s, const Matrices 
       load_matrices_transposed(r[b], shared_address(s.values[b] + place));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&of_tokens)[2] = betas[b][i / 2];
+        const float (&of_tokens)[2] = betas[b][i / 2];
         r[b][i] = pack_bf16(of_tokens[0] * bf16_low(r[b][i]), of_tokens[1] * bf16_high(r[b][i]));
       }
       float sums[2][4];

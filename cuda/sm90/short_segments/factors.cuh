@@ -36,8 +36,8 @@ struct RawGate {
   float4 dt_bias;
 };
 
-// Where a lane's rows of a block are behind the item's first; the last token stands for those that are
-// missing. The item is in shared memory, and read again for each quarter.
+// Where a lane's rows of a block are behind the item's first; the last token stands for those that
+// are missing. The item is in shared memory, and read again for each quarter.
 template <DType kGateType>
 class Source {
  public:
@@ -47,14 +47,13 @@ class Source {
     const uint32_t heads = static_cast<uint32_t>(p.shape.H),
                    value_heads = static_cast<uint32_t>(p.shape.HV);
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      row_[r] = token_of(block, at.row() + 8 * r) * heads;
+    for (int r = 0; r < 2; ++r) row_[r] = token_of(block, at.row() + 8 * r) * heads;
 #pragma unroll
     for (int i = 0; i < 4; ++i) gate_row_[i] = token_of(block, at.quarter() + 4 * i) * value_heads;
   }
 
-  __device__ __forceinline__ void load(RawGate<kGateType>& raw, const ForwardParams& p,
-                                       int quarter, const Place& at) const {
+  __device__ __forceinline__ void load(RawGate<kGateType>& raw, const ForwardParams& p, int quarter,
+                                       const Place& at) const {
     const GatePiece* g = static_cast<const GatePiece*>(p.g) + item_.value_row * kPieces +
                          (8 * quarter + gate_piece(at));
 #pragma unroll
@@ -66,8 +65,8 @@ class Source {
   }
   __device__ __forceinline__ void load(Rows& x, const void* tensor, int quarter,
                                        const Place& at) const {
-    const uint2* rows = static_cast<const uint2*>(tensor) + item_.qk_row * kPieces +
-                        (8 * quarter + at.quarter());
+    const uint2* rows =
+        static_cast<const uint2*>(tensor) + item_.qk_row * kPieces + (8 * quarter + at.quarter());
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -107,7 +106,8 @@ __device__ __forceinline__ void find_decay(Exponents& g, const RawGate<kGateType
     for (int m = 0; m < 4; ++m) {
       const GateCoefficients of_channel = {c.slope, c.slope * element(raw.dt_bias, m), c.amplitude};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) g[m][i] = log2_decay<kGate>(element(raw.tokens[i], m), of_channel);
+      for (int i = 0; i < 4; ++i)
+        g[m][i] = log2_decay<kGate>(element(raw.tokens[i], m), of_channel);
     }
   };
   if (p.gate == Gate::kSoftplus) {
@@ -131,8 +131,8 @@ __device__ __forceinline__ void find_decay(Exponents& g, const RawGate<kGateType
 enum Edge { kNoEdge, kFirstHalf, kSecondHalf };
 
 // Decays to exponents from the block's middle: x_i = G_i - G_7 by tensor cores, as products with a
-// matrix of 1 (tokens 8 .. i) and -1 (tokens i + 1 .. 7): no differences of sums. The two terms of a
-// decay keep all but its last bits. With an edge also the sum over half of the tokens.
+// matrix of 1 (tokens 8 .. i) and -1 (tokens i + 1 .. 7): no differences of sums. The two terms of
+// a decay keep all but its last bits. With an edge also the sum over half of the tokens.
 template <Edge kEdge>
 __device__ __forceinline__ void sum_from_middle(Exponents& x, float (&edge)[4][2],
                                                 const Place& at) {
@@ -279,16 +279,15 @@ __device__ __forceinline__ void add_scores(Scores& own, Scores& earlier, Squares
   }
 }
 
-// Scores of block kIndex of kBlocks, before norms and beta. A quarter's gates are on their way during
-// the products of the one before, its q and k during those gates.
+// Scores of block kIndex of kBlocks, before norms and beta. A quarter's gates are on their way
+// during the products of the one before, its q and k during those gates.
 template <DType kGateType, int kIndex, int kBlocks>
 __device__ __forceinline__ void score_block(Scores& own, Scores& earlier, Squares& squares,
                                             Config::Columns& columns, const ForwardParams& p,
                                             const Item& item, const Place& at) {
   constexpr Edge kEdge = kBlocks == 1 ? kNoEdge : kIndex == 0 ? kSecondHalf : kFirstHalf;
   const float span = p.qk_l2norm ? Config::kNormSpan : kLog2DecayHalfSpan;
-  const float a =
-      p.A_log != nullptr ? exp2_fast(__ldg(p.A_log + item.gate_row) * kLog2E) : 1.0f;
+  const float a = p.A_log != nullptr ? exp2_fast(__ldg(p.A_log + item.gate_row) * kLog2E) : 1.0f;
   const Source<kGateType> source(p, item, kIndex, at);
   RawGate<kGateType> gate;
   source.load(gate, p, 0, at);

@@ -148,6 +148,22 @@ __device__ __forceinline__ void store_values(const Config::Warp& s, const Forwar
         s.values[token / kBlock] + value_place(token % kBlock, piece));
 }
 
+// The rows of an item's first block to L2: a lane has half of a token's.
+template <DType kGateType>
+__device__ __forceinline__ void prefetch(const ForwardParams& p, const Item& item,
+                                         const Place& at) {
+  const int token = min(at.lane / 2, item.length - 1), line = at.lane % 2;
+  const auto ask = [&](const void* tensor, int64_t row, int64_t heads, int lines) {
+    const uint8_t* from =
+        static_cast<const uint8_t*>(tensor) + ((row + token * heads) * lines + line) * 128;
+    for (int i = 0; i < lines; i += 2) prefetch_to_l2(from + 128 * i);
+  };
+  ask(p.g, item.value_row, p.shape.HV, kGateType == DType::kBF16 ? 2 : 4);
+  ask(p.q, item.qk_row, p.shape.H, 2);
+  ask(p.k, item.qk_row, p.shape.H, 2);
+  ask(p.v, item.value_row, p.shape.HV, 2);
+}
+
 // acc (+)= x times an operand, transposed: an accumulator for each eight of the operand's rows.
 // Nothing of a block's own lies above its diagonal.
 __device__ __forceinline__ void multiply_first(float (&acc)[2][4], const StepFactor& x,
@@ -248,7 +264,12 @@ __device__ __forceinline__ void attend(Config::Warp& s, const ForwardParams& p, 
     __syncwarp();  // the column factors have been read: v takes their place
     stage_values(s, p, item, 1, at);
   }
-  invert<kBlocks>(s.matrix, at);
+  if (at.lane == 0) {
+    advance(s.walk, p);
+    s.next_item = item_at(s.walk, p);
+  }
+  invert<kBlocks>(s.matrix, at);  // meanwhile the next item is everybody's
+  if (s.next_item.length > 0) prefetch<kGateType>(p, s.next_item, at);
   float beta[kBlocks][2];
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -263,24 +284,25 @@ __device__ __forceinline__ void attend(Config::Warp& s, const ForwardParams& p, 
   multiply_values<kBlocks>(s, inverse, A_qk, beta, p.scale, at);
   __syncwarp();  // o, before its rows are read
   store_values(s, p, item, at);
-  __syncwarp();  // o has been read: the next v takes its place
 }
 
 template <DType kGateType, int kBlocks>
 __device__ __forceinline__ void walk_blocks(Config::Shared& shared, const ForwardParams& p,
                                             const ForwardWorkspace& w) {
   Config::Warp& s = shared.warps[thread_index() / 32];
-  if (lane_index() == 0)
+  if (lane_index() == 0) {
     s.walk = start_walk(p, w, kBlocks == 1 ? kOneBlock : kTwoBlocks, warp_number(), warps());
-  __syncwarp();  // the walk's start, before the other lanes read it
-  while (s.walk.run < s.walk.count) {
-    if (lane_index() == 0) s.item = item_at(s.walk, p);
-    __syncwarp();  // the item, before the other lanes read it
-    attend<kGateType, kBlocks>(s, p, s.item);
-    if (lane_index() == 0) advance(s.walk, p);
-    __syncwarp();  // where the walk is, before it is read
+    s.item = {};
+    if (s.walk.count > 0) s.item = item_at(s.walk, p);
   }
-  __syncwarp();  // .. and has been, before the next walk starts
+  __syncwarp();  // the first item, before the other lanes read it
+  while (s.item.length > 0) {
+    attend<kGateType, kBlocks>(s, p, s.item);
+    __syncwarp();  // the item and o have been read: the next item and v take their places
+    if (lane_index() == 0) s.item = s.next_item;
+    __syncwarp();  // the item, before the other lanes read it
+  }
+  __syncwarp();  // all lanes have read that there is none, before another walk writes its first
 }
 
 }  // namespace jax_flashkda::short_segments

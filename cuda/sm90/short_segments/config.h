@@ -48,7 +48,7 @@ struct Config {
     };
     float matrix[kShortTokens * kStride];  // A_kk, then (I + A_kk)^-1
     Walk walk;
-    Item item;
+    Item item, next_item;
   };
   struct Shared {
     Warp warps[kWarps];

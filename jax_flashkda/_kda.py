@@ -78,7 +78,7 @@ def kimi_delta_attention(
     - `padding_segment_id`: the id that marks padding; None makes 0 an ordinary id.
     - `max_segments`: N, how many segment states a row carries (default: that of `initial_state`).
       The n-th segment of a row has slot n; segments beyond N start from zero and their states are
-      dropped.
+      dropped. Without states a hint alone: how many segments to expect.
     - `return_final_state`: also return the state after the last token of each segment.
     - `return_chunk_states`: also return the state after every 64 tokens of each segment (for prefix
       caches). Its gradient runs on XLA.

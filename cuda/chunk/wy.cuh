@@ -53,8 +53,7 @@ __device__ __forceinline__ void product(float (&c)[4], const float* a, const flo
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      split_tf32(a[(g + 8 * (i & 1)) * kStride + 8 * step + t + 4 * (i >> 1)], a_high[i],
-                 a_low[i]);
+      split_tf32(a[(g + 8 * (i & 1)) * kStride + 8 * step + t + 4 * (i >> 1)], a_high[i], a_low[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       split_tf32(b[(8 * step + t + 4 * i) * kStride + g], b_high[i], b_low[i]);

@@ -350,8 +350,8 @@ JAX_FLASHKDA_HOST_DEVICE void write_counts(TableCounts& counts, const Runs<kShor
 template <int kCount, int32_t kShort>
 JAX_FLASHKDA_HOST_DEVICE void write_entries(const Tables& tables, const Ids& ids,
                                             Runs<kShort> before, const Marks& marks, int64_t low,
-                                            int64_t high, const int32_t* all,
-                                            const int32_t* places, BucketCounts ended) {
+                                            int64_t high, const int32_t* all, const int32_t* places,
+                                            BucketCounts ended) {
   int64_t from = low;  // what ended before has been written
 #pragma unroll 1
   for (uint32_t left = marks.starts;; left &= left - 1) {
@@ -398,8 +398,7 @@ JAX_FLASHKDA_HOST_DEVICE void write_block(Team& team, typename Shape::Shared& s,
       BucketCounts ended;
       walk(before_thread(thread), s.marks[thread], low + thread * Shape::kPositions,
            [&](const Runs& before, int32_t position) {
-             if (leaves_entry(before, position))
-               ended.add_one(entry_bucket(ids, before, position));
+             if (leaves_entry(before, position)) ended.add_one(entry_bucket(ids, before, position));
            });
       s.ended[thread] = ended;
     });

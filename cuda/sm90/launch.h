@@ -52,8 +52,8 @@ Status launch_state_maps(const StateMapsParams& params, const ForwardWorkspace& 
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
 
-// Outputs of short runs, where workspace.short_runs: all that these have. Behind launch_segment_table
-// where there are segment_ids, or any stages that follow it.
+// Outputs of short runs, where workspace.short_runs: all that these have. Behind
+// launch_segment_table where there are segment_ids, or the stages that follow it.
 Status launch_short_segments(const ForwardParams& params, const ForwardWorkspace& workspace,
                              CUstream_st* stream);
 

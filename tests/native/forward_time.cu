@@ -40,7 +40,8 @@ void time_shape(const Shape& s, Gate gate, bool fast) {
   ForwardWorkspace apart = alone;
   apart.short_runs = leaves_short_runs(sets[0].params);
   const double of_short =
-      apart.short_runs ? stage(apart, sm90::launch_segment_table, sm90::launch_short_segments) : 0.0;
+      apart.short_runs ? stage(apart, sm90::launch_segment_table, sm90::launch_short_segments)
+                       : 0.0;
   const double floor = 5.0 * s.B * s.T * s.HV * 256 / 4.3e9;
   std::printf(
       "%-14s %-8s %-4s  all %7.3f ms  serial %7.3f  table %6.3f  prepare %7.3f  pieces %7.3f  "

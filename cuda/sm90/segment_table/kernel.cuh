@@ -56,8 +56,11 @@ struct Cta {
 };
 
 __device__ __forceinline__ Ids ids_of(const ForwardParams& p, const ForwardWorkspace& w) {
-  return {p.segment_ids, static_cast<int32_t>(p.shape.B * p.shape.T),
-          static_cast<int32_t>(p.shape.T), p.has_padding_segment_id, p.padding_segment_id,
+  return {p.segment_ids,
+          static_cast<int32_t>(p.shape.B * p.shape.T),
+          static_cast<int32_t>(p.shape.T),
+          p.has_padding_segment_id,
+          p.padding_segment_id,
           w.overlap.processors > 0};
 }
 

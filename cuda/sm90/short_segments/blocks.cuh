@@ -1,7 +1,7 @@
 // Segments of 2 to 32 tokens, a warp each: scores to the chunk's matrices to the output,
 //   U = (I + A_kk)^-1 Diag(beta) V    O = scale A_qk U
-// The last two products are transposed: V's columns are rows of the accumulators, so U is an operand
-// of the next product where it is, and so is A_qk.
+// The last two products are transposed: V's columns are rows of the accumulators, so U is an
+// operand of the next product where it is, and so is A_qk.
 #pragma once
 
 #include "sm90/short_segments/factors.cuh"
@@ -49,11 +49,12 @@ __device__ __forceinline__ void finish_norms(Tokens& tokens, const Squares& squa
           __shfl_sync(0xffffffffu, tokens.k_norm[n], 4 * (2 * at.quarter() + e));
 }
 
-// Scores to A_qk, packed, and A_kk, to its place in the warp's matrix; kOwn: of a block with itself.
+// Scores to A_qk, packed, and A_kk, to its place in the warp's matrix; kOwn: of a block with
+// itself.
 template <bool kOwn>
 __device__ __forceinline__ void finish_scores(Operand& A_qk, float* A_kk, Scores& scores,
-                                              const Tokens& rows,
-                                              const float (&column_norm)[2][2], const Place& at) {
+                                              const Tokens& rows, const float (&column_norm)[2][2],
+                                              const Place& at) {
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -147,6 +148,22 @@ __device__ __forceinline__ void store_values(const Config::Warp& s, const Forwar
         s.values[token / kBlock] + value_place(token % kBlock, piece));
 }
 
+// The rows of an item's first block to L2: a lane has half of a token's.
+template <DType kGateType>
+__device__ __forceinline__ void prefetch(const ForwardParams& p, const Item& item,
+                                         const Place& at) {
+  const int token = min(at.lane / 2, item.length - 1), line = at.lane % 2;
+  const auto ask = [&](const void* tensor, int64_t row, int64_t heads, int lines) {
+    const uint8_t* from =
+        static_cast<const uint8_t*>(tensor) + ((row + token * heads) * lines + line) * 128;
+    for (int i = 0; i < lines; i += 2) prefetch_to_l2(from + 128 * i);
+  };
+  ask(p.g, item.value_row, p.shape.HV, kGateType == DType::kBF16 ? 2 : 4);
+  ask(p.q, item.qk_row, p.shape.H, 2);
+  ask(p.k, item.qk_row, p.shape.H, 2);
+  ask(p.v, item.value_row, p.shape.HV, 2);
+}
+
 // acc (+)= x times an operand, transposed: an accumulator for each eight of the operand's rows.
 // Nothing of a block's own lies above its diagonal.
 __device__ __forceinline__ void multiply_first(float (&acc)[2][4], const StepFactor& x,
@@ -193,7 +210,7 @@ __device__ __forceinline__ void multiply_values(Config::Warp& s, const Matrices 
       load_matrices_transposed(r[b], shared_address(s.values[b] + place));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&of_tokens)[2] = betas[b][i / 2];
+        const float (&of_tokens)[2] = betas[b][i / 2];
         r[b][i] = pack_bf16(of_tokens[0] * bf16_low(r[b][i]), of_tokens[1] * bf16_high(r[b][i]));
       }
       float sums[2][4];
@@ -247,7 +264,12 @@ __device__ __forceinline__ void attend(Config::Warp& s, const ForwardParams& p, 
     __syncwarp();  // the column factors have been read: v takes their place
     stage_values(s, p, item, 1, at);
   }
-  invert<kBlocks>(s.matrix, at);
+  if (at.lane == 0) {
+    advance(s.walk, p);
+    s.next_item = item_at(s.walk, p);
+  }
+  invert<kBlocks>(s.matrix, at);  // meanwhile the next item is everybody's
+  if (s.next_item.length > 0) prefetch<kGateType>(p, s.next_item, at);
   float beta[kBlocks][2];
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -262,24 +284,25 @@ __device__ __forceinline__ void attend(Config::Warp& s, const ForwardParams& p, 
   multiply_values<kBlocks>(s, inverse, A_qk, beta, p.scale, at);
   __syncwarp();  // o, before its rows are read
   store_values(s, p, item, at);
-  __syncwarp();  // o has been read: the next v takes its place
 }
 
 template <DType kGateType, int kBlocks>
 __device__ __forceinline__ void walk_blocks(Config::Shared& shared, const ForwardParams& p,
                                             const ForwardWorkspace& w) {
   Config::Warp& s = shared.warps[thread_index() / 32];
-  if (lane_index() == 0)
+  if (lane_index() == 0) {
     s.walk = start_walk(p, w, kBlocks == 1 ? kOneBlock : kTwoBlocks, warp_number(), warps());
-  __syncwarp();  // the walk's start, before the other lanes read it
-  while (s.walk.run < s.walk.count) {
-    if (lane_index() == 0) s.item = item_at(s.walk, p);
-    __syncwarp();  // the item, before the other lanes read it
-    attend<kGateType, kBlocks>(s, p, s.item);
-    if (lane_index() == 0) advance(s.walk, p);
-    __syncwarp();  // where the walk is, before it is read
+    s.item = {};
+    if (s.walk.count > 0) s.item = item_at(s.walk, p);
   }
-  __syncwarp();  // .. and has been, before the next walk starts
+  __syncwarp();  // the first item, before the other lanes read it
+  while (s.item.length > 0) {
+    attend<kGateType, kBlocks>(s, p, s.item);
+    __syncwarp();  // the item and o have been read: the next item and v take their places
+    if (lane_index() == 0) s.item = s.next_item;
+    __syncwarp();  // the item, before the other lanes read it
+  }
+  __syncwarp();  // all lanes have read that there is none, before another walk writes its first
 }
 
 }  // namespace jax_flashkda::short_segments

@@ -42,12 +42,13 @@ struct Config {
       Values values[kMostBlocks];  // of v, then of o
       struct {
         Values first_values;
-        Columns columns;  // k exp(G_end - G) of the first of two blocks, until the second has met it
+        Columns
+            columns;  // k exp(G_end - G) of the first of two blocks, until the second has met it
       };
     };
     float matrix[kShortTokens * kStride];  // A_kk, then (I + A_kk)^-1
     Walk walk;
-    Item item;
+    Item item, next_item;
   };
   struct Shared {
     Warp warps[kWarps];

@@ -36,39 +36,41 @@ struct RawGate {
   float4 dt_bias;
 };
 
-// Where a lane's rows of a block are; the last token stands for those that are missing.
+// Where a lane's rows of a block are behind the item's first; the last token stands for those that
+// are missing. The item is in shared memory, and read again for each quarter.
 template <DType kGateType>
 class Source {
  public:
   __device__ __forceinline__ Source(const ForwardParams& p, const Item& item, int block,
                                     const Place& at)
-      : qk_(item.qk_row * kPieces + at.quarter()),
-        gate_(item.value_row * kPieces + gate_piece(at)),
-        parameter_(int64_t{item.gate_row} * kPieces + gate_piece(at)) {
+      : item_(item) {
+    const uint32_t heads = static_cast<uint32_t>(p.shape.H),
+                   value_heads = static_cast<uint32_t>(p.shape.HV);
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      row_[r] = token_of(item, block, at.row() + 8 * r) * static_cast<uint32_t>(p.shape.H) * kPieces;
+    for (int r = 0; r < 2; ++r) row_[r] = token_of(block, at.row() + 8 * r) * heads;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      gate_row_[i] =
-          token_of(item, block, at.quarter() + 4 * i) * static_cast<uint32_t>(p.shape.HV) * kPieces;
+    for (int i = 0; i < 4; ++i) gate_row_[i] = token_of(block, at.quarter() + 4 * i) * value_heads;
   }
 
-  __device__ __forceinline__ void load(RawGate<kGateType>& raw, const ForwardParams& p,
-                                       int quarter) const {
-    const GatePiece* g = static_cast<const GatePiece*>(p.g) + gate_ + 8 * quarter;
+  __device__ __forceinline__ void load(RawGate<kGateType>& raw, const ForwardParams& p, int quarter,
+                                       const Place& at) const {
+    const GatePiece* g = static_cast<const GatePiece*>(p.g) + item_.value_row * kPieces +
+                         (8 * quarter + gate_piece(at));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) raw.tokens[i] = __ldg(g + gate_row_[i]);
-    raw.dt_bias = p.dt_bias != nullptr ? __ldg(reinterpret_cast<const float4*>(p.dt_bias) +
-                                               parameter_ + 8 * quarter)
-                                       : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = 0; i < 4; ++i) raw.tokens[i] = __ldg(g + int64_t{gate_row_[i]} * kPieces);
+    raw.dt_bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (p.dt_bias != nullptr)
+      raw.dt_bias = __ldg(reinterpret_cast<const float4*>(p.dt_bias) +
+                          (int64_t{item_.gate_row} * kPieces + 8 * quarter + gate_piece(at)));
   }
-  __device__ __forceinline__ void load(Rows& x, const void* tensor, int quarter) const {
-    const uint2* rows = static_cast<const uint2*>(tensor) + qk_ + 8 * quarter;
+  __device__ __forceinline__ void load(Rows& x, const void* tensor, int quarter,
+                                       const Place& at) const {
+    const uint2* rows =
+        static_cast<const uint2*>(tensor) + item_.qk_row * kPieces + (8 * quarter + at.quarter());
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) x[r][e] = __ldg(rows + row_[r] + 4 * e);
+      for (int e = 0; e < 2; ++e) x[r][e] = __ldg(rows + int64_t{row_[r]} * kPieces + 4 * e);
   }
 
  private:
@@ -76,11 +78,11 @@ class Source {
   static constexpr uint32_t kPieces = Config::kHeadDim / 4;  // of a row
 
   static __device__ int gate_piece(const Place& at) { return 4 * (at.row() & 1) + (at.row() >> 1); }
-  static __device__ uint32_t token_of(const Item& item, int block, int token) {
-    return static_cast<uint32_t>(min(kBlock * block + token, item.length - 1));
+  __device__ uint32_t token_of(int block, int token) const {
+    return static_cast<uint32_t>(min(kBlock * block + token, item_.length - 1));
   }
 
-  int64_t qk_, gate_, parameter_;
+  const Item& item_;
   uint32_t row_[2], gate_row_[4];
 };
 
@@ -104,7 +106,8 @@ __device__ __forceinline__ void find_decay(Exponents& g, const RawGate<kGateType
     for (int m = 0; m < 4; ++m) {
       const GateCoefficients of_channel = {c.slope, c.slope * element(raw.dt_bias, m), c.amplitude};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) g[m][i] = log2_decay<kGate>(element(raw.tokens[i], m), of_channel);
+      for (int i = 0; i < 4; ++i)
+        g[m][i] = log2_decay<kGate>(element(raw.tokens[i], m), of_channel);
     }
   };
   if (p.gate == Gate::kSoftplus) {
@@ -128,8 +131,8 @@ __device__ __forceinline__ void find_decay(Exponents& g, const RawGate<kGateType
 enum Edge { kNoEdge, kFirstHalf, kSecondHalf };
 
 // Decays to exponents from the block's middle: x_i = G_i - G_7 by tensor cores, as products with a
-// matrix of 1 (tokens 8 .. i) and -1 (tokens i + 1 .. 7): no differences of sums. The two terms of a
-// decay keep all but its last bits. With an edge also the sum over half of the tokens.
+// matrix of 1 (tokens 8 .. i) and -1 (tokens i + 1 .. 7): no differences of sums. The two terms of
+// a decay keep all but its last bits. With an edge also the sum over half of the tokens.
 template <Edge kEdge>
 __device__ __forceinline__ void sum_from_middle(Exponents& x, float (&edge)[4][2],
                                                 const Place& at) {
@@ -276,31 +279,30 @@ __device__ __forceinline__ void add_scores(Scores& own, Scores& earlier, Squares
   }
 }
 
-// Scores of block kIndex of kBlocks, before norms and beta. A quarter's gates are on their way during
-// the products of the one before, its q and k during those gates.
+// Scores of block kIndex of kBlocks, before norms and beta. A quarter's gates are on their way
+// during the products of the one before, its q and k during those gates.
 template <DType kGateType, int kIndex, int kBlocks>
 __device__ __forceinline__ void score_block(Scores& own, Scores& earlier, Squares& squares,
                                             Config::Columns& columns, const ForwardParams& p,
                                             const Item& item, const Place& at) {
   constexpr Edge kEdge = kBlocks == 1 ? kNoEdge : kIndex == 0 ? kSecondHalf : kFirstHalf;
   const float span = p.qk_l2norm ? Config::kNormSpan : kLog2DecayHalfSpan;
-  const float a =
-      p.A_log != nullptr ? exp2_fast(__ldg(p.A_log + item.gate_row) * kLog2E) : 1.0f;
+  const float a = p.A_log != nullptr ? exp2_fast(__ldg(p.A_log + item.gate_row) * kLog2E) : 1.0f;
   const Source<kGateType> source(p, item, kIndex, at);
   RawGate<kGateType> gate;
-  source.load(gate, p, 0);
+  source.load(gate, p, 0, at);
 #pragma unroll 1
   for (int quarter = 0; quarter < Config::kQuarters; ++quarter) {
     Rows q, k;
-    source.load(q, p.q, quarter);
-    source.load(k, p.k, quarter);
+    source.load(q, p.q, quarter, at);
+    source.load(k, p.k, quarter, at);
     Exponents x;
     float edge[4][2];
     find_decay<kGateType>(x, gate, p, a, item.length - kBlock * kIndex, at);
     sum_from_middle<kEdge>(x, edge, at);
     const bool too_far = is_too_far(x, span);
     if (too_far) add_pairwise(own.q, own.k, x, q, k, at);
-    source.load(gate, p, min(quarter + 1, Config::kQuarters - 1));
+    source.load(gate, p, min(quarter + 1, Config::kQuarters - 1), at);
     add_scores<kEdge>(own, earlier, squares, columns[quarter], x, edge, q, k, too_far, at);
   }
 }

@@ -52,19 +52,22 @@ __device__ __forceinline__ void advance(Walk& walk, const ForwardParams& p) {
   if (walk.head >= heads) walk.head -= heads, ++walk.run;
 }
 
+// No branch, so that several are looked up at once; there is a run. Clamped as segments.cuh does.
 __device__ __forceinline__ Item item_at(const Walk& walk, const ForwardParams& p) {
-  if (walk.run >= walk.count) return {};
   const ForwardShape& shape = p.shape;
-  const SegmentEntry row = {static_cast<int32_t>(walk.run), 0, static_cast<int32_t>(shape.T), 0};
-  const Segment run =
-      segment_from_entry(shape, walk.entries != nullptr ? walk.entries[walk.run] : row);
-  const int64_t token = run.row * shape.T + run.start;
+  const int32_t T = static_cast<int32_t>(shape.T);
+  const uint32_t index = min(walk.run, walk.count - 1);
+  int4 run = {static_cast<int32_t>(index), 0, T, 0};  // a SegmentEntry, in one load
+  if (walk.entries != nullptr) run = reinterpret_cast<const int4*>(walk.entries)[index];
+  const int32_t row = clamp_to(run.x, 0, static_cast<int32_t>(shape.B) - 1),
+                start = clamp_to(run.y, 0, T - 1);
+  const int64_t token = row * shape.T + start;
   const uint32_t group = static_cast<uint32_t>(shape.HV) / static_cast<uint32_t>(shape.H);
   Item item;
   item.qk_row = token * shape.H + (group == 1 ? walk.head : walk.head / group);
   item.value_row = token * shape.HV + walk.head;
-  item.gate_row = static_cast<int32_t>(run.row * shape.HV + walk.head);
-  item.length = static_cast<int32_t>(min(run.length, int64_t{kShortTokens}));
+  item.gate_row = static_cast<int32_t>(row * shape.HV + walk.head);
+  item.length = walk.run < walk.count ? clamp_to(run.z, 1, min(T - start, kShortTokens)) : 0;
   return item;
 }
 

@@ -13,40 +13,31 @@ struct Token {
   uint4 q, k, v, g[kGateType == DType::kF32 ? 2 : 1];
   uint32_t beta;
 
-  __device__ __forceinline__ void load(const ForwardParams& p, const Item& of, int lane) {
-    item = of;
-    q = k = v = make_uint4(0, 0, 0, 0);
-    for (uint4& part : g) part = make_uint4(0, 0, 0, 0);
-    beta = 0;
-    if (item.length == 0) return;
+  // Where there is no more token, the last one again.
+  __device__ __forceinline__ void load(const ForwardParams& p, int lane) {
     q = load_early(static_cast<const uint4*>(p.q) + item.qk_row * 16 + lane);
     k = load_early(static_cast<const uint4*>(p.k) + item.qk_row * 16 + lane);
     v = load_early(static_cast<const uint4*>(p.v) + item.value_row * 16 + lane);
     constexpr int kParts = kGateType == DType::kF32 ? 2 : 1;
 #pragma unroll
     for (int i = 0; i < kParts; ++i)
-      g[i] = load_early(static_cast<const uint4*>(p.g) +
-                        (item.value_row * 16 + lane) * kParts + i);
+      g[i] = load_early(static_cast<const uint4*>(p.g) + (item.value_row * 16 + lane) * kParts + i);
     beta = load_beta_word(p, item.value_row);
   }
 
-  // 0, or NaN.
+  // 0, or NaN: whose bits are, but for the sign, greater than those of all other numbers.
   __device__ __forceinline__ float poison() const {
-    float sum = 0.0f;
-    const auto add = [&](float x) { sum = fmaf(fabsf(x) > 1.0f ? 1.0f : x, 0.0f, sum); };
-#pragma unroll
-    for (const uint4& part : g) {
-#pragma unroll
-      for (uint32_t word : {part.x, part.y, part.z, part.w}) {
-        if constexpr (kGateType == DType::kF32) {
-          add(__uint_as_float(word));
-        } else {
-          add(bf16_low(word));
-          add(bf16_high(word));
-        }
-      }
+    if constexpr (kGateType == DType::kF32) {
+      const auto largest = [](const uint4& x) {
+        return max(max(x.x & 0x7fffffffu, x.y & 0x7fffffffu),
+                   max(x.z & 0x7fffffffu, x.w & 0x7fffffffu));
+      };
+      return max(largest(g[0]), largest(g[1])) > 0x7f800000u ? NAN : 0.0f;
+    } else {
+      const uint32_t largest = __vmaxu2(__vmaxu2(g[0].x & 0x7fff7fffu, g[0].y & 0x7fff7fffu),
+                                        __vmaxu2(g[0].z & 0x7fff7fffu, g[0].w & 0x7fff7fffu));
+      return max(largest >> 16, largest & 0xffffu) > 0x7f80u ? NAN : 0.0f;
     }
-    return sum;
   }
 
   __device__ __forceinline__ void store(const ForwardParams& p, int lane) const {
@@ -87,9 +78,11 @@ __device__ __forceinline__ void walk_single_tokens(const ForwardParams& p,
     Token<kGateType> tokens[Config::kSingleTokens];
 #pragma unroll
     for (auto& token : tokens) {
-      token.load(p, item_at(walk, p), lane % 16);
+      token.item = item_at(walk, p);
       advance(walk, p);
     }
+#pragma unroll
+    for (auto& token : tokens) token.load(p, lane % 16);
     more = __any_sync(0xffffffffu, tokens[Config::kSingleTokens - 1].item.length > 0);
 #pragma unroll
     for (auto& token : tokens) token.store(p, lane % 16);

@@ -291,7 +291,9 @@ def test_a_shard_runs_kernels_alone(declared_kernels, packed):
     found = re.findall(r"custom_call @jax_flashkda\.\w+\(.*: \(tensor<(\d+x\d+)x", text)
     assert len(found) == sum(calls.values()) and set(found) == {rows}
     # What one call prepares is what the next one takes; packed rows have a slot more than states.
-    types = f"8x2x512x1040xui8>, tensor<8x2x{8 + (4 if packed else 1)}x128xf32"
+    types = (
+        f"8x2x512x1024xui8>, tensor<8x2x512x4xf32>, tensor<8x2x{8 + (4 if packed else 1)}x128xf32"
+    )
     for giver, taker in ("state_maps", "prepared_forward"), ("state_gradient", "prepared_backward"):
         (given,), (taken,) = (
             calls_of(_primitives._FFI_TARGETS[stage], text) for stage in (giver, taker)

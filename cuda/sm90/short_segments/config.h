@@ -32,6 +32,8 @@ struct Config {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kCtasPerSm = 3;
   static constexpr int kSingleTokens = 4;  // a half warp's segments of one token under way
+  // kLog2DecayHalfSpan for q and k whose norms come later: 2^64 times as much is finite, and so are
+  // sums of squares up to there. No bounded gate exceeds it in 8 tokens either.
   static constexpr float kNormSpan = 60.0f;
 
   using Values = uint8_t[kBlock * kRowBytes];  // rows of a block, by value_place
@@ -42,8 +44,7 @@ struct Config {
       Values values[kMostBlocks];  // of v, then of o
       struct {
         Values first_values;
-        Columns
-            columns;  // k exp(G_end - G) of the first of two blocks, until the second has met it
+        Columns columns;  // k exp(G_15 - G) of the first block, until the second has met it
       };
     };
     float matrix[kShortTokens * kStride];  // A_kk, then (I + A_kk)^-1

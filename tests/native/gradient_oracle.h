@@ -3,6 +3,7 @@
 #pragma once
 
 #include "oracle.h"
+#include "sm90/chunk_gradient/config.h"
 
 namespace oracle {
 
@@ -75,6 +76,12 @@ inline void chunk_gradient(const Call& c, const ScanResults& x, const ChunkRange
   const double A_log = c.A_log.empty() ? 0.0 : c.A_log[row_head];
   auto q = matrix(L, K), k = matrix(L, K), G = matrix(L, K), decay = matrix(L, K);
   std::vector<double> fq(L), fk(L);
+  auto beta_at = [&](int64_t i) { return (chunk.row * c.T + chunk.start + i) * c.HV + h; };
+  auto beta_of = [&](int64_t i) {
+    double beta = c.beta[beta_at(i)];
+    if (c.beta_is_logits) beta = (c.allow_neg_eigval ? 2.0 : 1.0) / (1.0 + std::exp(-beta));
+    return std::fabs(beta) < 0x1p-60 ? std::copysign(0x1p-60, beta) : beta;
+  };
   auto qk_at = [&](int64_t i) {
     return ((chunk.row * c.T + chunk.start + i) * c.H + h / (c.HV / c.H)) * K;
   };
@@ -90,20 +97,35 @@ inline void chunk_gradient(const Call& c, const ScanResults& x, const ChunkRange
       G[i * K + n] = (i > 0 ? G[(i - 1) * K + n] : 0.0) + std::max(decay[i * K + n], -110.0);
     }
   }
-  // The only token of a chunk gets d_beta of the recurrence itself, not of dR and U.
-  auto single_d_beta = [&] {
-    double qk = 0.0, sum = 0.0;
-    for (int64_t n = 0; n < K; ++n) qk += q[n] * k[n];
+  // The few tokens of a chunk get d_beta of the recurrence itself, not of dR and U.
+  auto few_d_beta = [&] {
+    auto score = [&](const std::vector<double>& x, int64_t i, int64_t j) {
+      double sum = 0.0;
+      for (int64_t n = 0; n < K; ++n)
+        sum += x[i * K + n] * std::exp(G[i * K + n] - G[j * K + n]) * k[j * K + n];
+      return sum;
+    };
+    std::vector<double> d_beta(L), residual(L), du(L);
     for (int64_t v = 0; v < V; ++v) {
-      double residual = c.v[v_at(0) + v], du = c.scale * qk * x.d_o[v_at(0) + v];
-      for (int64_t n = 0; n < K; ++n) {
-        residual -= k[n] * std::exp(G[n]) * S[v * K + n];
-        du += k[n] * dS[v * K + n];
+      for (int64_t i = 0; i < L; ++i) {
+        residual[i] = c.v[v_at(i) + v];
+        for (int64_t n = 0; n < K; ++n)
+          residual[i] -= k[i * K + n] * std::exp(G[i * K + n]) * S[v * K + n];
+        for (int64_t j = 0; j < i; ++j) residual[i] -= score(k, i, j) * beta_of(j) * residual[j];
       }
-      sum += residual * du;
+      for (int64_t i = L - 1; i >= 0; --i) {
+        du[i] = 0.0;
+        for (int64_t n = 0; n < K; ++n)
+          du[i] += k[i * K + n] * std::exp(G[(L - 1) * K + n] - G[i * K + n]) * dS[v * K + n];
+        for (int64_t l = i; l < L; ++l) du[i] += c.scale * score(q, l, i) * x.d_o[v_at(l) + v];
+        for (int64_t l = i + 1; l < L; ++l) du[i] -= score(k, l, i) * beta_of(l) * du[l];
+        d_beta[i] += residual[i] * du[i];
+      }
     }
-    return sum;
+    return d_beta;
   };
+  const bool few = L <= jax_flashkda::chunk_gradient::Config::kFewTokens;
+  const std::vector<double> of_few = few ? few_d_beta() : std::vector<double>(L);
   auto dA = matrix(L, L), dL = matrix(L, L);
   for (int64_t i = 0; i < L; ++i)
     for (int64_t j = 0; j <= i; ++j)
@@ -175,21 +197,14 @@ inline void chunk_gradient(const Call& c, const ScanResults& x, const ChunkRange
       k_dot += k[i * K + n] * dk[i * K + n];
       d_beta += double(x.d_r[v_at(i) + n]) * x.u[v_at(i) + n];
     }
-    if (L == 1) d_beta = single_d_beta();
     if (!c.qk_l2norm) q_dot = k_dot = 0.0;
     for (int64_t n = 0; n < K; ++n) {
       out.dq[qk_at(i) + n] += fq[i] * (dq[i * K + n] - q[i * K + n] * q_dot);
       out.dk[qk_at(i) + n] += fk[i] * (dk[i * K + n] - k[i * K + n] * k_dot);
     }
-    const int64_t at = (chunk.row * c.T + chunk.start + i) * c.HV + h;
-    double beta = c.beta[at], slope = 1.0;
-    if (c.beta_is_logits) {
-      const double s = 1.0 / (1.0 + std::exp(-beta)), top = c.allow_neg_eigval ? 2.0 : 1.0;
-      beta = top * s;
-      slope = top * s * (1.0 - s);
-    }
-    if (std::fabs(beta) < 0x1p-60) beta = std::copysign(0x1p-60, beta);
-    out.d_beta[at] = (L > 1 ? d_beta / (beta * beta) : d_beta) * slope;
+    const double beta = beta_of(i), top = c.allow_neg_eigval ? 2.0 : 1.0;
+    const double slope = c.beta_is_logits ? beta * (1.0 - beta / top) : 1.0;
+    out.d_beta[beta_at(i)] = (few ? of_few[i] : d_beta / (beta * beta)) * slope;
   }
 }
 

@@ -22,6 +22,7 @@ struct Config {
   static constexpr int kRowPieces = kRowBytes / 16;  // 16-byte pieces of it
   static constexpr int kHalfTile = static_cast<int>(kChunk) * 128;  // 64 tokens of 64 bf16 columns
   static constexpr int kPartialFloats = kHeadDim + 1;  // gradient_partial_floats: d_dt_bias, dA_log
+  static constexpr int kFewTokens = 4;  // of a chunk whose d_beta is found anew: few_tokens.cuh
   static constexpr int kReduceThreads = 256;
   static constexpr int kReduceCtasPerSm = 8;
 };
@@ -62,12 +63,19 @@ struct Scratch {
   float4 decays[Config::kWarps][Config::kGroups][2][32];
 };
 
-// What find_single_beta_gradient needs of a chunk's only token, not normalised.
-struct SingleToken {
-  float key[Config::kHeadDim], decayed_key[Config::kHeadDim];
-  float3 dots[4];                           // q q, k k, q k over 32 channels
-  float2 projections[4][Config::kHeadDim];  // k exp(g) S and k dS' over 32 channels
-  float d_beta[4];                          // over 32 columns of V
+// What find_few_beta_gradients needs of a chunk's only tokens. Keys are not normalised.
+struct FewTokens {
+  static constexpr int kMost = Config::kFewTokens;
+  // Sums over channels, of tokens i >= j: <q_i exp(G_i - G_j), k_j>, likewise of k_i, and <q_i, q_i>.
+  enum Sum { kQK, kKK, kQQ, kSums };
+
+  float decay[kMost][Config::kHeadDim];  // log2
+  float sums[kSums][kMost][kMost];       // kQQ: of a token with itself alone
+  float decayed_key[Config::kHeadDim], restored_key[Config::kHeadDim];  // of one token
+  float2 parts[4][Config::kHeadDim];  // of its products with S and dS', over 32 channels
+  float2 rows[kMost][Config::kHeadDim];  // those products, then R and dU
+  float beta[kMost];
+  float d_beta[kMost][4];  // over 32 columns of V
 };
 
 // The two warps of the same channels meet at barriers kPairBarrier + channel warp.
@@ -96,7 +104,7 @@ struct Shared {
   alignas(128) uint8_t g[kChunk * Config::kHeadDim * (kGateType == DType::kBF16 ? 2 : 4)];
   alignas(16) float norms[2][kChunk];  // factor of each token of q, of k
   Exchange exchange;
-  SingleToken single_token;
+  FewTokens few;
   // <qn, dqn>, <kn, dkn> over a warp's channels; over all in the first place.
   float dots[Config::kChannelWarps][2][kChunk];
   Item items[2];                    // this one and the next, in turns

@@ -4,7 +4,7 @@
 //
 //   dq_d = scale dO S^T      dk_d = -dR S^T      dk_r = U dS'^T
 //   dA_qk = scale tril(dO U^T)      dL = -strict_tril(dR U^T)
-//   d_beta_i = <dR_i, U_i> / beta_i^2 (dR here is dV); of a chunk of one token see single_token.cuh
+//   d_beta_i = <dR_i, U_i> / beta_i^2 (dR here is dV); of a chunk of few tokens see few_tokens.cuh
 //   dqn_i = exp(G_i) dq_d_i + sum over j <= i of dA_qk[i, j] exp(G_i - G_j) kn_j
 //   dkn_i = exp(G_i) dk_d_i + sum over j < i of dL[i, j] exp(G_i - G_j) kn_j         as a row
 //         + exp(G_C - G_i) dk_r_i + sum over later rows of exp(..) (dA_qk qn + dL kn)  as a column
@@ -28,7 +28,7 @@
 #pragma once
 
 #include "sm90/chunk_gradient/outputs.cuh"
-#include "sm90/chunk_gradient/single_token.cuh"
+#include "sm90/chunk_gradient/few_tokens.cuh"
 
 namespace jax_flashkda::chunk_gradient {
 
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();  // all threads' copies and fills, before the products
 
     if (item.at_caller_state) multiply_caller_states(s, find_caller_states(b, item, head));
-    if (item.length == 1) find_single_beta_gradient(s, b, item, head);
+    if (item.length <= Config::kFewTokens) find_few_beta_gradients(s, b, item, head);
     Sums sums;
     multiply_values(sums, s, p.scale, find_warpgroup(), at);
     wait_for_async_loads<0>();  // q, k, g

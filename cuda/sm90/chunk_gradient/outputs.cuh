@@ -330,9 +330,9 @@ __device__ __forceinline__ void write_key_gradients(const Shared& s, int of_k, c
 template <class Shared>
 __device__ __forceinline__ float find_beta_gradient(const Shared& s, const Item& item, int token,
                                                     float beta) {
-  const float (&parts)[4] = s.single_token.d_beta;
-  return item.length > 1 ? s.d_r_times_u[token] / beta / beta
-                         : (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  if (item.length > Config::kFewTokens) return s.d_r_times_u[token] / beta / beta;
+  const float (&parts)[4] = s.few.d_beta[token];
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 // Through the sigmoid.

@@ -483,10 +483,9 @@ def _lower_cuda(stage, ctx, *operands, problem):
     _extension.register()
     if isinstance(problem, Problem):
         dims = _support.kernel_dims(sizes["K"], sizes["V"])
-        half = any(aval.dtype == np.float16 for aval in ctx.avals_in)
-        if half or dims != (sizes["K"], sizes["V"]):
-            taken = functools.partial(_as_kernels_take_it, stage, problem, *dims)
-            return _lower_plain(taken, ctx, *operands)
+        if dims != (sizes["K"], sizes["V"]):
+            padded = functools.partial(_with_padded_heads, stage, problem, *dims)
+            return _lower_plain(padded, ctx, *operands)
     if isinstance(problem, ShortConvProblem):
         ctx, operands, problem = _with_slots(ctx, operands, problem)
     # Scratch memory is a result that nobody sees: a handler that allocated could not be captured
@@ -502,30 +501,25 @@ def _lower_cuda(stage, ctx, *operands, problem):
     return results[: len(ctx.avals_out)]
 
 
-def _as_kernels_take_it(stage, problem, K, V, *operands):
-    """The stage with head dims padded to K and V, and float16 in the kernels' types.
-
-    Padding is exact: the state's row of a channel that is zero in k, and its column of one that is
-    zero in v, are zeros, and so are their gradients.
+def _with_padded_heads(stage, problem, K, V, *operands):
+    """The stage with head dims padded to K and V. Exact: the state's row of a channel that is zero
+    in k, and its column of one that is zero in v, are zeros, and so are their gradients.
     """
     operand_names, result_names = problem.signature(stage)
     named = dict(zip(operand_names, operands, strict=True))
     larger = {"K": K, "J": K, "V": V}
     own = {"K": named["k"].shape[-1], "J": named["k"].shape[-1], "V": named["v"].shape[-1]}
 
-    def fit(name, x):
+    def pad(name, x):
         axes = zip(problem.axes[name], x.shape, strict=True)
-        padded = jnp.pad(x, [(0, larger.get(axis, size) - size) for axis, size in axes])
-        return padded.astype(_support.kernel_dtype(name, x.dtype))
+        return jnp.pad(x, [(0, larger.get(axis, size) - size) for axis, size in axes])
 
-    def restore(name, x):
-        cut = x[tuple(slice(own.get(axis)) for axis in problem.axes[name])]
-        like = named["v"] if name == "o" else named.get(name, x)
-        return cut.astype(like.dtype)
-
-    fitted = [fit(name, x) for name, x in named.items()]
-    results = _PRIMITIVES[stage].bind(*fitted, problem=problem)
-    return tuple(restore(name, x) for name, x in zip(result_names, results, strict=True))
+    padded = [pad(name, x) for name, x in named.items()]
+    results = _PRIMITIVES[stage].bind(*padded, problem=problem)
+    return tuple(
+        x[tuple(slice(own.get(axis)) for axis in problem.axes[name])]
+        for name, x in zip(result_names, results, strict=True)
+    )
 
 
 def _with_slots(ctx, operands, problem):

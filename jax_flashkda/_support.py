@@ -54,14 +54,6 @@ def unsupported_reasons(
     return tuple(dict.fromkeys([*reasons, *_counts_too_large(problem, problem.sizes(operands))]))
 
 
-def kernel_dtype(name: str, dtype) -> np.dtype:
-    """The type in which the kernels of the op get an operand of this name and type: float16 has not
-    the range of decayed operands, so q, k and v become bfloat16, and all else float32."""
-    if np.dtype(dtype) != np.float16:
-        return np.dtype(dtype)
-    return np.dtype(jax.dtypes.bfloat16 if name in ("q", "k", "v", "o") else np.float32)
-
-
 def kernel_dims(K: int, V: int) -> tuple[int, int] | None:
     """The head dims of the kernels that take such a call of the op, padded with zeros: the smallest
     that hold K and V, at most doubled, or None."""
@@ -146,8 +138,7 @@ def _step_mismatches(named, variants):
 
 def _mismatches(named, variants):
     """What of the call no row takes, compared with the rows that come nearest to it."""
-    own = {name: np.dtype(named[name].dtype).name for name in ("v", "g", "beta")}
-    dtypes = {name: kernel_dtype(name, dtype).name for name, dtype in own.items()}
+    dtypes = {name: np.dtype(named[name].dtype).name for name in ("v", "g", "beta")}
     K, V = named["k"].shape[-1], named["v"].shape[-1]
     holding = [row for row in variants if (row["K"], row["V"]) == kernel_dims(K, V)]
     if not holding:
@@ -160,11 +151,11 @@ def _mismatches(named, variants):
     takes_qkv = [row for row in nearest if row["qkv_dtype"] == dtypes["v"]]
     if not takes_qkv:
         taken = _listed(row["qkv_dtype"] for row in nearest)
-        yield f"q, k, v are {own['v']}, the kernels take {taken}"
+        yield f"q, k, v are {dtypes['v']}, the kernels take {taken}"
     for name in ("g", "beta"):
         taken = [dtype for row in takes_qkv or nearest for dtype in row[f"{name}_dtypes"]]
         if dtypes[name] not in taken:
-            yield f"{name} is {own[name]}, the kernels take {_listed(taken)}"
+            yield f"{name} is {dtypes[name]}, the kernels take {_listed(taken)}"
 
 
 def _local_compute_capabilities():

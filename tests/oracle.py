@@ -73,7 +73,7 @@ def compare(case, name, value, truth, peer):
     whole = np.sqrt(np.mean(allowed**2))
     error, allowed = _blocks(name, error), _blocks(name, allowed)
     rms = lambda x: np.sqrt(np.mean(x**2, axis=-1))
-    floor = 2 * float(jnp.finfo(jnp.bfloat16 if value_dtype == np.float16 else value_dtype).eps)
+    floor = 2 * float(jnp.finfo(value_dtype).eps)
     if name == "d_dt_bias":
         # A sum over tokens may cancel: what counts is its error against the size of its summands.
         floor *= np.max(_summand_size(truth, name))

@@ -102,15 +102,6 @@ def test_one_trace_lowers_for_every_platform(declared_kernels):
 
 
 @pytest.mark.parametrize("run", [attend, lambda arrays: gradient(arrays)])
-def test_float16_is_what_the_caller_sees(run, declared_kernels):
-    text = lowered(run, "cuda", inputs(dtype=jnp.float16))
-    results = re.search(r"func public @main.* -> (.*) {", text).group(1)
-    assert "x128xf16" in results and "bf16" not in results
-    (call,) = calls_of("jax_flashkda.", text)
-    assert "x128xbf16>" in call and "xf16>" not in call
-
-
-@pytest.mark.parametrize("run", [attend, lambda arrays: gradient(arrays)])
 def test_smaller_heads_are_padded(run, declared_kernels):
     text = lowered(run, "cuda", inputs(K=64))
     results = re.search(r"func public @main.* -> (.*) {", text).group(1)
@@ -123,9 +114,10 @@ def test_smaller_heads_are_padded(run, declared_kernels):
     ["forward", "backward", "state_maps", "state_gradient"]
     + ["prepared_forward", "prepared_backward"],
 )
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-5), (jnp.float16, 3e-2)])
-def test_padded_heads_and_other_types_give_the_same(stage, dtype, tolerance):
-    arrays = inputs(K=12, dtype=dtype) | dict(A_log=jnp.zeros((2, 2)), dt_bias=jnp.ones((2, 2, 12)))
+def test_padding_of_heads_changes_no_result(stage):
+    arrays = inputs(K=12, dtype=jnp.float32) | dict(
+        A_log=jnp.zeros((2, 2)), dt_bias=jnp.ones((2, 2, 12))
+    )
     states = stage != "state_maps"
     if not states:
         del arrays["initial_state"]
@@ -138,13 +130,10 @@ def test_padded_heads_and_other_types_give_the_same(stage, dtype, tolerance):
     arrays |= dict(betas=jnp.zeros((2, 2, 70, 4)))
     arrays |= dict(decays=jnp.zeros((2, 2, 2 + 3, 128)))
     operands = [arrays[name] for name in problem.signature(stage)[0]]
-    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    plain = functools.partial(_primitives._PRIMITIVES[stage].bind, problem=problem)
-    fitted = functools.partial(_primitives._as_kernels_take_it, stage, problem, 16, 20)
-    expected, got = (quick(run)(*operands) for run in (plain, fitted))
+    expected = _primitives._PRIMITIVES[stage].bind(*operands, problem=problem)
+    got = _primitives._with_padded_heads(stage, problem, 16, 20, *operands)
     for name, x, y in zip(problem.signature(stage)[1], got, expected, strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 def test_the_call_carries_every_option(declared_kernels):
@@ -338,8 +327,14 @@ def test_none_falls_back_with_one_warning_that_says_why(declared_kernels):
 def test_cuda_by_name_never_falls_back(run, declared_kernels):
     run = functools.partial(run, implementation="cuda")
     with pytest.raises(NotImplementedError) as error:
-        lowered(run, "cuda", inputs(K=32, dtype=jnp.float32))
-    for reason in ("K = 32, V = 32", "q, k, v are float32", "xla"):
+        lowered(run, "cuda", inputs(K=32, dtype=jnp.float16))
+    for reason in (
+        "K = 32, V = 32",
+        "q, k, v are float16",
+        "g is float16",
+        "beta is float16",
+        "xla",
+    ):
         assert reason in str(error.value)
     for platform in ("cpu", "tpu", "rocm"):
         with pytest.raises(NotImplementedError, match="platform other than cuda"):
@@ -379,11 +374,9 @@ def test_reasons(declared_kernels):
         "ones are padded, at most to twice their size)"
     )
     assert len(reasons(K=129)) == 1
-    assert reasons(dtypes=("float16",) * 3) == reasons(dtypes=("float16", "bfloat16", "float32"))
-    assert reasons(dtypes=("float16",) * 3) == ()
-    assert reasons(dtypes=("float32", "float64", "float64")) == (
+    assert reasons(dtypes=("float32", "float16", "float64")) == (
         "q, k, v are float32, the kernels take bfloat16",
-        "g is float64, the kernels take bfloat16 or float32",
+        "g is float16, the kernels take bfloat16 or float32",
         "beta is float64, the kernels take bfloat16 or float32",
     )
     assert reasons(B=2**16, T=2**15) == (
@@ -396,11 +389,13 @@ def test_reasons(declared_kernels):
 
 def test_reasons_come_from_the_nearest_rows(declared_kernels, monkeypatch):
     """A second architecture and a second head dim need no word of Python."""
-    half = ROW | dict(K=64, V=64, g_dtypes=["float32"])
+    half = ROW | dict(K=64, V=64, qkv_dtype="float16", g_dtypes=["float16"])
     monkeypatch.setattr(_extension, "variants", lambda: [ROW, half, ROW | dict(arch=100)])
     assert reasons("10.0") == ()
-    assert reasons(K=64, V=64, dtypes=("bfloat16", "float32", "float32")) == ()
-    assert reasons(K=64, V=64) == ("g is bfloat16, the kernels take float32",)
+    assert reasons(K=64, V=64, dtypes=("float16", "float16", "float32")) == ()
+    assert reasons(K=64, V=64, dtypes=("float16", "float32", "float32")) == (
+        "g is float32, the kernels take float16",
+    )
     assert len(reasons("10.0", K=64, V=64)) == 1
 
 

@@ -35,6 +35,8 @@ def test_lengths(T, dtype, implementation):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("gate", [SOFTPLUS, BOUNDED], ids=["softplus", "bounded"])
 def test_raw_inputs(gate, dtype, implementation):
+    if implementation == "cuda" and dtype == "float16":
+        pytest.skip("the kernels take bfloat16")
     check_case(Case(T=130, dtype=dtype, **gate, **STATES), implementation)
 
 

@@ -450,10 +450,10 @@ def main():
         print(json.dumps({name: record.get(name) for name in ("tests", "sanitizers")}))
         sys.exit(0 if whole else "tests or sanitizers failed: see above")
     runs, layer_runs = {}, []
-    whole &= attempt("forward", lambda: time_forward(list(SHAPES), keep, runs))
     whole &= attempt("steps", lambda: keep(step_ms=time_steps(runs)))
     layer_steps = lambda: keep(layer_step_ms=time_layer_steps(layer_runs))
     whole &= attempt("layer steps", layer_steps)
+    whole &= attempt("forward", lambda: time_forward(list(SHAPES), keep, runs))
     whole &= attempt("training", lambda: time_training(list(TRAINING_SHAPES), keep))
     # A profile may slow down what comes after it: once all else here is timed.
     whole &= attempt("kernels", lambda: time_kernels(record, runs))

@@ -156,6 +156,9 @@ Status prepared_forward(const ForwardParams& given, CUstream_st* stream) {
   const ForwardParams params = for_shard(given);
   const ForwardWorkspace workspace = place_prepared(params, prepared_workspace(params.shape));
   if (has_tokens(params.shape)) {
+    if (params.shape.has_segment_ids) {
+      if (Status status = sm90::clear_output(params, stream); !status.ok()) return status;
+    }
     if (Status status = find_segments(params, workspace, stream); !status.ok()) return status;
     if (Status status = sm90::launch_chunk_state_output(params, workspace, stream); !status.ok())
       return status;

@@ -51,6 +51,8 @@ Status launch_state_maps(const StateMapsParams& params, const ForwardWorkspace& 
 // Directly behind launch_chunk_prepare, or launch_chunk_state_pieces where there are pieces.
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream);
+// Zeros to all of o: for padding, which chunk_prepare clears where it runs.
+Status clear_output(const ForwardParams& params, CUstream_st* stream);
 
 // Outputs of short runs, where workspace.short_runs: all that these have. Behind
 // launch_segment_table where there are segment_ids, or the stages that follow it.

@@ -78,6 +78,13 @@ Status clear_chunk_states(const ForwardParams& params, CUstream_st* stream) {
                      "chunk_states: cudaMemsetAsync");
 }
 
+Status clear_output(const ForwardParams& params, CUstream_st* stream) {
+  const ForwardShape& shape = params.shape;
+  const int64_t values = shape.B * shape.T * shape.HV * shape.V;
+  return cuda_status(cudaMemsetAsync(params.o, 0, static_cast<size_t>(values * 2), stream),
+                     "o: cudaMemsetAsync");
+}
+
 Status launch_chunk_state_output(const ForwardParams& params, const ForwardWorkspace& workspace,
                                  CUstream_st* stream) {
   return params.chunk_states != nullptr ? launch_heads<true>(params, workspace, stream)

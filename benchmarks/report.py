@@ -273,6 +273,10 @@ def run(record) -> str:
     named = [f"{title} {versions[name]}" for name, title in names.items() if name in versions]
     words = f"Recorded {record.get('date')} on {versions.get('gpu', 'GPU')} ({', '.join(named)})"
     words += f", sources {record['digest'][:12]}."
+    older = record.get("of_other_sources", {})
+    for digest in sorted(set(older.values())):
+        parts = ", ".join(f"`{part}`" for part in older if older[part] == digest)
+        words += f" Of other sources, {digest[:12]}: {parts}."
     words += _tested(record.get("tests"))
     for tool, runs in record.get("sanitizers", {}).items():
         told = sanitizers.not_clean({tool: runs})

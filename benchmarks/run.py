@@ -68,10 +68,38 @@ def check() -> str | None:
     """What is wrong with the record, or None."""
     if not RECORD.exists():
         return f"{RECORD.relative_to(ROOT)} is missing: run benchmarks/run.py on a GPU machine"
-    recorded = json.loads(RECORD.read_text()).get("digest")
-    if recorded != digest():
-        return f"{RECORD.relative_to(ROOT)} was made from other sources (digest {recorded})"
+    record = json.loads(RECORD.read_text())
+    if record.get("digest") != digest():
+        return f"{RECORD.relative_to(ROOT)} was made from other sources ({record.get('digest')})"
+    if older := record.get("of_other_sources"):
+        return f"{RECORD.relative_to(ROOT)}: {', '.join(older)} are of other sources"
     return None
+
+
+# What a run measures or tests; "of_other_sources" has the digest of what it has not done anew.
+PARTS = ("tests", "sanitizers", "forward_ms", "training_ms", "step_ms", "layer_step_ms")
+PARTS += ("kernels_ms", "over_t", "training_curve", "context_parallel")
+
+
+def record_to_go_on_from() -> dict:
+    """The record; what is in it of other sources is told apart."""
+    if not RECORD.exists():
+        return {}
+    record = json.loads(RECORD.read_text())
+    record.pop("note", None)  # written by hand, of what that run left undone
+    if record["digest"] != digest():
+        older = record.get("of_other_sources", {})
+        record["of_other_sources"] = {
+            part: older.get(part, record["digest"]) for part in PARTS if part in record
+        }
+    return record
+
+
+def put(record, **parts):
+    """Parts that were measured now."""
+    record.update(parts)
+    for part in parts:
+        record.get("of_other_sources", {}).pop(part, None)
 
 
 # timing
@@ -201,7 +229,7 @@ def time_kernels(record, kernel_runs):
             continue
         results[name] = {what: round(ms, 5) for what, ms in found.items()}
         print("kernels", name, results[name], flush=True)
-    record["kernels_ms"] = results
+    put(record, kernels_ms=results)
     if len(results) < len(kernel_runs):
         raise RuntimeError(f"profiles of {len(kernel_runs) - len(results)} calls failed")
 
@@ -217,7 +245,7 @@ def time_softmax(record, names, seconds):
         if row is not None:
             row["softmax attention"] = line.get("ms", line.get("error"))
     if not names:
-        record["over_t"] = [line for line in found if "shape" not in line]
+        put(record, over_t=[line for line in found if "shape" not in line])
     if ended != ENDED_WELL:
         raise RuntimeError(f"softmax.py: {ended}")
 
@@ -411,8 +439,7 @@ def main():
         attempt("kernels of layer steps", lambda: split_layer_steps(layer_runs))
         print(report.steps(steps), report.layer_steps(steps), report.small(steps), sep="\n\n")
         return
-    record = {} if options.only or check() else json.loads(RECORD.read_text())
-    record.pop("note", None)  # written by hand, of what that run left undone
+    record = {} if options.only else record_to_go_on_from()
     record |= {"digest": digest(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     if options.only:
         runs = {}
@@ -431,7 +458,7 @@ def main():
     def keep(**more):
         """After every step: an interrupted run leaves what it found."""
         with writing:
-            record.update(more)
+            put(record, **more)
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(record, indent=1) + "\n")
 

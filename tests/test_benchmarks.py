@@ -169,6 +169,27 @@ def test_a_sanitizer_that_found_something_is_told(report):
     assert "memcheck: clean in 1 of 2 programs." in words and all(x in words for x in found)
 
 
+def test_parts_of_other_sources_are_told_apart(report, monkeypatch, tmp_path):
+    run = importlib.import_module("run")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(run, "digest", lambda: "b" * 64)
+    assert run.record_to_go_on_from() == {}
+    old = {"digest": "a" * 64, "note": "", "step_ms": {"n": 1}, "tests": {"tests": 3}}
+    run.RECORD.write_text(json.dumps(old))
+    record = run.record_to_go_on_from() | {"digest": "b" * 64}
+    assert record["of_other_sources"] == dict.fromkeys(("tests", "step_ms"), "a" * 64)
+    run.put(record, step_ms={"n": 2})
+    assert record["step_ms"] == {"n": 2} and "note" not in record
+    run.RECORD.write_text(json.dumps(record))
+    assert "tests are of other sources" in run.check()
+    words = report.run(record | {"tests": None})
+    assert f"sources {'b' * 12}. Of other sources, {'a' * 12}: `tests`." in words
+    run.put(record, tests={"tests": 4})
+    run.RECORD.write_text(json.dumps(record))
+    assert run.check() is None
+
+
 def test_a_run_whose_tests_fail_fails(report, monkeypatch):
     run = importlib.import_module("run")
     kept = {}

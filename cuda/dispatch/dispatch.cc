@@ -41,10 +41,7 @@ Status prepare_chunks(const ForwardParams& params, const ForwardWorkspace& works
 // Rows in which every run is short: no chunks.
 Status short_rows(const ForwardParams& params, const ForwardWorkspace& workspace,
                   CUstream_st* stream) {
-  if (params.shape.has_segment_ids) {
-    if (Status status = sm90::launch_segment_table(params, workspace, stream); !status.ok())
-      return status;
-  }
+  if (Status status = find_segments(params, workspace, stream); !status.ok()) return status;
   return sm90::launch_short_segments(params, workspace, stream);
 }
 
